@@ -1,0 +1,93 @@
+"""The structs that travel between the rooms of the house. All are immutable pytrees; every mask is explicit.
+
+Axis letters: B rows, T text (image places included), M supervised positions, I images a row, N tokens an image,
+C features of an image token, L layers, S cache slots, K kv heads, H head width.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Order = Literal["natural", "balanced", "any"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One global batch of one bucket. Built on the host in natural order; along T it may be permuted as `order` says."""
+
+    tokens: Array
+    """[B, T] int32, any valid id at image places and padding"""
+    positions: Array
+    """[B, T] int32, restart at 0 in every segment"""
+    segment_ids: Array
+    """[B, T] int32, 0 = padding, else 1 + the sample's index within the global batch (unique over rows)"""
+    image_index: Array
+    """[B, T] int32, -1 = text, else an index into this row's image tokens, flattened over images"""
+    supervised: Array
+    """[B, M] int32, positions along T *after which* a token is supervised, -1 = none"""
+    labels: Array
+    """[B, M] int32, those tokens (0 where none)"""
+    images: Array
+    """[B, I, N, C] float32 embeddings, or [B, I, N'] uint32 codes before merging; I = 0 for text alone"""
+    image_token_mask: Array
+    """[B, I, N] bool, which of the N tokens exist"""
+    image_grid: Array
+    """[B, I, 3] int32, (depth, rows, columns) of each image's token grid"""
+    order: Order = dataclasses.field(default="natural", metadata={"static": True})
+    """Along T: `natural`, `balanced` over the context axis (see sharding.balanced_order), or `any` (no work is skipped)"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of what was seen; every slot says its position and whether it counts."""
+
+    keys: Any
+    """[L, B, K, S, H] stacked, or a tuple of L arrays [B, K, S, H]"""
+    values: Any
+    """as keys"""
+    positions: Array
+    """[B, S] int32"""
+    valid: Array
+    """[B, S] bool"""
+    cursor: Array
+    """[] int32, the slot that is written next; one for the whole batch, since prompts are padded on the left"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds beside its metadata."""
+
+    step: Array
+    """[] int32, optimizer steps done"""
+    trainable: Any
+    """nested dict of arrays, float32"""
+    opt_state: Any
+    """optax state over `trainable`"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Loop state of the sampler."""
+
+    cache: KVCache
+    tokens: Array
+    """[B, G] int32, what was generated, 0 beyond `lengths`"""
+    lengths: Array
+    """[B] int32, tokens generated, the end token included"""
+    last: Array
+    """[B] int32, the token fed next"""
+    position: Array
+    """[B] int32, its position"""
+    done: Array
+    """[B] bool, an end token was generated or the row is empty"""
+    seen: Array
+    """[B, V] bool where a repetition penalty is on, else [B, 0]: tokens of the prompt and of the answer"""
+    steps: Array
+    """[] int32, decode steps done"""
