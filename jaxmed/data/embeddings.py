@@ -1,13 +1,14 @@
 """Volume tokens in `.npz` files: names, headers, loading, merging of neighbours, packed codes, writing.
 
 A file holds `arr`, float, (1, C, T, H, W), or `codes`, uint32, (1, T, H, W), and perhaps `encoder`, the name of what wrote it.
-Axis letters here: C channels of a file's token, (T, H, W) depth, rows and columns of its grid; after merging (c p0 p1 p2) channels
-and (t, h, w). N = t*h*w tokens of an image, t slowest.
+Axis letters here: C channels of a file's token, (T, H, W) depth, rows and columns of its grid; merging makes of them
+(c p0 p1 p2) channels and (t, h, w). N = t*h*w tokens of an image, t slowest.
 A code is 18 signs in the low bits of a uint32, channel 0 the most significant: code = sum over j of [x_j > 0] * 2**(17 - j).
 """
 
+import contextlib
+import math
 import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from typing import IO
@@ -60,7 +61,7 @@ def read_header(path: str) -> Header:
                 raise UserError(f"{path}: no array `arr` or `codes` in it (found: {found}); write the tokens under `arr`")
             with archive.open(names[key]) as member:
                 shape, dtype, offset = _read_npy_header(member)
-            if not dtype.hasobject and names[key].file_size != offset + dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+            if not dtype.hasobject and names[key].file_size != offset + dtype.itemsize * math.prod(shape):
                 raise UserError(f"{path}: `{key}` is cut short; copy or encode the file again")
             encoder = _read_encoder(archive, path) if "encoder" in names else ""
     except FileNotFoundError:
@@ -121,13 +122,17 @@ def header_problem(header: Header, visual: VisualConfig) -> str:
     """What keeps the file from serving under `visual`, or ""."""
     channels, grid = header.shape[0], header.shape[1:]
     name = os.path.basename(header.path)
+    if visual.file_features * math.prod(visual.merge) != visual.features:
+        return (
+            f"visual.features {visual.features} is not a multiple of the {math.prod(visual.merge)} neighbours that are merged"
+        )
     if channels not in (visual.file_features, visual.features):
         expected = " or ".join(str(n) for n in sorted({visual.file_features, visual.features}))
         return f"{name} has {channels} channels, expected {expected}; set visual.features and visual.merge to suit the files"
     if not is_merged(header, visual) and any(n % m for n, m in zip(grid, visual.merge, strict=True)):
         return f"{name} has a token grid {grid}, which visual.merge {visual.merge} does not divide"
     merged = merged_grid(header, visual)
-    tokens = merged[0] * merged[1] * merged[2]
+    tokens = math.prod(merged)
     if tokens > visual.tokens:
         return f"{name} has {tokens} tokens, visual.tokens is {visual.tokens}; set visual.tokens to at least {tokens}"
     if visual.kind == "codes":
@@ -228,24 +233,13 @@ def write_npz(path: str, array: np.ndarray, encoder: str) -> None:
         raise ValueError(f"tokens are [C, T, H, W] floats or [T, H, W] uint32 codes, got {array.dtype} {array.shape}")
     if encoder:
         arrays["encoder"] = np.array(encoder)
-    temporary = ""
+    temporary = f"{path}.{os.getpid()}.partial"
     try:
-        folder = os.path.dirname(os.path.abspath(path))
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".npz.partial", delete=False) as file:
-            temporary = file.name
+        with open(temporary, "wb") as file:
             np.savez(file, **arrays)
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-        temporary = ""
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error}); make room or choose another folder") from error
     finally:
-        if temporary:
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
-
-
-def _umask() -> int:
-    """The process's umask; there is no call that reads it without setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
