@@ -103,7 +103,9 @@ class ProjectorConfig:
 
     def __post_init__(self):
         inner = self.kind.removeprefix("attn_pool+")
-        known = inner in ("identity", "linear") or (inner.startswith("mlp") and inner.endswith("x_gelu") and inner[3:-6].isdigit())
+        known = inner in ("identity", "linear") or (
+            inner.startswith("mlp") and inner.endswith("x_gelu") and inner[3:-6].isdigit()
+        )
         _require(
             known and inner[3:-6] != "0",
             f"model.projector.kind is {self.kind!r}; known are identity, linear, mlpNx_gelu and attn_pool+ before one of them",
@@ -172,7 +174,9 @@ class VisualConfig:
         if self.kind == "codes":
             t, h, w = self.grid
             fits = t * h * w == self.tokens
-            _require(fits, f"visual.grid {self.grid} has {t * h * w} tokens, visual.tokens is {self.tokens}; codes need them equal")
+            _require(
+                fits, f"visual.grid {self.grid} has {t * h * w} tokens, visual.tokens is {self.tokens}; codes need them equal"
+            )
 
     @property
     def file_features(self) -> int:
@@ -345,20 +349,25 @@ class EncodeConfig:
     """From a CT volume to the tokens of a file: the preprocessing of BTB3D and a weight-free multi-level 3-D Haar encoder."""
 
     canvas: tuple[int, int, int] = (512, 512, 241)
-    """Voxels (x, y, z) to which a resampled volume is cropped or padded."""
+    """Voxels along the file's axes 0, 1, 2 (x, y, z) to which a resampled volume is cropped or padded."""
     spacing: tuple[float, float, float] = (0.75, 0.75, 1.5)
-    """Millimetres (x, y, z) to which a volume is resampled."""
+    """Millimetres along the same axes to which a volume is resampled."""
     hu_range: tuple[float, float] = (-1000.0, 1000.0)
-    """Hounsfield units at which intensities are clipped."""
-    levels: int = 3
-    """Haar levels; each halves the grid."""
+    """Hounsfield units at which intensities are clipped; they become -1 and 1."""
+    levels: tuple[int, int, int] = (3, 4, 4)
+    """Haar levels along depth (z), rows (x) and columns (y): a token covers 2**levels voxels."""
     bands: tuple[str, ...] = ()
-    """Features of a token, by name (see jaxmed.data.haar); "": the encoder's default choice."""
+    """Features of a token, by name (see jaxmed.data.haar); none given: 18 that serve any number of levels."""
 
     def __post_init__(self):
         _require(all(n > 0 for n in self.canvas), f"encode.canvas is {self.canvas}; every side must be positive")
         _require(all(s > 0 for s in self.spacing), f"encode.spacing is {self.spacing}; every spacing must be positive")
         _require(self.hu_range[0] < self.hu_range[1], f"encode.hu_range is {self.hu_range}; the first must be smaller")
+        some = min(self.levels) >= 0 and max(self.levels) >= 1
+        _require(some, f"encode.levels is {self.levels}; give 0 or more per axis and at least 1 in one of them")
+        for name, side, levels in zip(("rows", "columns"), self.canvas[:2], self.levels[1:], strict=True):
+            fits = side % 2**levels == 0
+            _require(fits, f"encode.canvas {self.canvas}: its {side} {name} are not a multiple of 2**{levels} (encode.levels)")
 
 
 @dataclass(frozen=True)
