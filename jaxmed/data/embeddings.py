@@ -172,7 +172,8 @@ def load_tokens(path: str, visual: VisualConfig) -> tuple[np.ndarray, Grid]:
     if visual.kind == "codes":
         codes = array if header.key == "codes" else _signs_to_codes(path, array)
         return np.ascontiguousarray(codes).reshape(-1), grid
-    tokens = unpack_codes(array) if header.key == "codes" else array.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # what overflows is found just below
+        tokens = unpack_codes(array) if header.key == "codes" else array.astype(np.float32, copy=False)
     # One pass: a sum is finite only if every entry is (float64, so that no finite float32 entries overflow it).
     if not np.isfinite(tokens.sum(dtype=np.float64)):
         bad = int(tokens.size - np.isfinite(tokens).sum())
