@@ -1,0 +1,165 @@
+"""From a record to token ids and labels (training), and from a conversation so far to prompt ids (generation).
+
+Ids are int32 [T] with -200 (IMAGE_ID) at an image's place, labels int32 [T] with -100 (IGNORE) where nothing is supervised;
+no shift is taken. Training moves `<image>` to the start of its turn, generation takes every text verbatim.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxmed.data.masks import supervised
+from jaxmed.data.records import IMAGE_TOKEN, Record, image_places
+from jaxmed.data.templates import TEMPLATES, Template, render
+from jaxmed.data.tokenizer import IGNORE, IMAGE_ID, Tokenizer
+from jaxmed.errors import UserError
+
+__all__ = [
+    "IGNORE",
+    "IMAGE_ID",
+    "IMAGE_TOKEN",
+    "TEMPLATES",
+    "Example",
+    "Template",
+    "check_template",
+    "encode_prompt",
+    "encode_text",
+    "encode_training",
+    "find_template",
+    "normalise",
+    "render",
+    "required_tokens",
+    "strip_terminal",
+]
+
+Turns = Sequence[tuple[str, str | None]]
+
+
+@dataclass(frozen=True)
+class Example:
+    ids: np.ndarray
+    """[T] int32, IMAGE_ID at an image's place"""
+    labels: np.ndarray
+    """[T] int32, IGNORE where not supervised"""
+    voided: str
+    """"" or why no token of the sample is supervised, and what to do"""
+
+
+def find_template(name: str) -> Template:
+    if name not in TEMPLATES:
+        raise UserError(f"data.template is {name!r}; known are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def required_tokens(template: str) -> tuple[str, ...]:
+    """Tokens that must be whole in the tokenizer for this template's masks and prompts to hold."""
+    return find_template(template).required
+
+
+def check_template(template: str, tokenizer: Tokenizer) -> None:
+    """UserError if the tokenizer would cut one of the template's tokens into pieces."""
+    lacking = [token for token in required_tokens(template) if tokenizer.encode(token, False) != [tokenizer.token_id(token)]]
+    if lacking:
+        raise UserError(
+            f"the tokenizer lacks {', '.join(lacking)}, which the template {template!r} needs; "
+            "take the model's own template (--data.template) or the tokenizer that belongs to it (--model.tokenizer)"
+        )
+
+
+def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of a text with IMAGE_ID at each `<image>`. The pieces between are tokenised one by one, each with the
+    tokenizer's BOS, of which the first alone stays."""
+    ids: list[int] = []
+    for index, piece in enumerate(text.split(IMAGE_TOKEN)):
+        piece_ids = tokenizer.encode(piece)
+        ids += [IMAGE_ID, *piece_ids[len(tokenizer.prefix) :]] if index else piece_ids
+    return ids
+
+
+def normalise(text: str, images: int) -> str:
+    """A turn as training sees it: its image place moved to the front, on a line of its own."""
+    places = image_places(text, images)
+    if not places:
+        return text
+    return (f"{IMAGE_TOKEN}\n" * places + text.replace(IMAGE_TOKEN, "").strip()).strip()
+
+
+def encode_training(record: Record, tokenizer: Tokenizer, template: str) -> Example:
+    chosen = find_template(template)
+    images = len(record.images)
+    turns = [(turn.role, normalise(turn.value, images) if images else turn.value) for turn in record.turns]
+    if chosen.mask == "plain":
+        return _plain(turns, tokenizer, chosen)
+
+    def encode(text: str) -> list[int]:
+        # `<image>` in a record without an image is ordinary text.
+        return encode_text(text, tokenizer) if images else tokenizer.encode(text)
+
+    prompt = render(chosen, turns)
+    ids = np.array(encode(prompt), np.int32)
+    mask, counted = supervised(prompt, len(ids), chosen, encode, len(tokenizer.prefix), tokenizer.legacy)
+    if counted != len(ids):
+        return _void(ids, _diagnose(turns, chosen, counted, len(ids)))
+    return _example(ids, mask)
+
+
+def _plain(turns: Turns, tokenizer: Tokenizer, template: Template) -> Example:
+    """Caption training: the image and its answer; the question is left out."""
+    places = IMAGE_TOKEN * turns[0][1].count(IMAGE_TOKEN)
+    ids = np.array(encode_text(places or render(template, turns[:2]), tokenizer), np.int32)
+    if len(turns) != 2:
+        return _void(
+            ids, f"the plain template takes one question and its answer, this has {len(turns)} turns; split the record"
+        )
+    if not places:
+        return _void(ids, f"the plain template needs {IMAGE_TOKEN} in the question; add it, or take another template")
+    masked = len(ids)
+    ids = np.array(encode_text(places + turns[1][1] + template.sep, tokenizer), np.int32)
+    return _example(ids, np.arange(len(ids)) >= masked)
+
+
+def _void(ids: np.ndarray, reason: str) -> Example:
+    return Example(ids, np.full_like(ids, IGNORE), reason)
+
+
+def _example(ids: np.ndarray, mask: np.ndarray) -> Example:
+    labels = np.where(mask & (ids != IMAGE_ID), ids, IGNORE).astype(np.int32)
+    if (labels == IGNORE).all():
+        return _void(ids, "none of its tokens is supervised; give the last turn an answer")
+    return Example(ids, labels, "")
+
+
+def _diagnose(turns: Turns, template: Template, counted: int, size: int) -> str:
+    """Why rounds and tokens do not add up, in words that tell what to change."""
+    header = template.sep + template.roles[1] + ": " if template.style == "two" else "[/INST]"
+    marks = {"mpt": (template.sep,), "two": (template.sep2, header), "llama_2": (template.sep2, header)}[template.style]
+    for number, (role, text) in enumerate(turns, 1):
+        if not text:
+            return f"turn {number} ({role}) is empty; write its text or take the round out"
+        found = [mark for mark in marks if mark in text]
+        if found:
+            return f"turn {number} ({role}) holds {found[0]!r}, which the template sets between turns; take it out of the text"
+    if turns[-1][0] == "human":
+        return f"turn {len(turns)} is a question without an answer; add the answer or take the question out"
+    return (
+        f"the template's rounds account for {counted} of {size} tokens, so answers cannot be told from questions; "
+        "take special tokens out of the texts, or another template"
+    )
+
+
+def encode_prompt(turns: Turns, tokenizer: Tokenizer, template: str) -> np.ndarray:
+    """[T] int32: the conversation up to the answer to be written, texts verbatim; the last turn is ("gpt", None)."""
+    return np.array(encode_text(render(find_template(template), turns), tokenizer), np.int32)
+
+
+def strip_terminal(text: str, tokenizer: Tokenizer, template: str) -> str:
+    """An answer as it goes back into the conversation: without final end tokens and the blanks around them, since the
+    template closes the turn itself. End tokens in the middle stay."""
+    ends = {tokenizer.piece(token) for token in tokenizer.eos_ids} | {find_template(template).end}
+    ends = tuple(end for end in ends if end.strip())
+    text = text.strip()
+    while text.endswith(ends) and ends:
+        end = max((e for e in ends if text.endswith(e)), key=len)
+        text = text[: -len(end)].rstrip()
+    return text
