@@ -1,0 +1,122 @@
+"""`jaxmed evaluate X_vqa.json --records J --out DIR`: scores.json, scores.csv, report.html and a table on the terminal."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import rich
+import rich.box
+import rich.markup
+import tyro
+from rich.table import Table
+
+from jaxmed.data.records import load_records
+from jaxmed.data.volumes import Override
+from jaxmed.errors import BadRecords, UserError
+from jaxmed.evaluate import scores as scoring
+from jaxmed.evaluate import studies as pairing
+from jaxmed.evaluate import text
+from jaxmed.report import evaluation
+
+HELP = "Score generated reports against the references; writes scores.json, scores.csv and report.html"
+
+
+@dataclass(frozen=True)
+class Args:
+    answers: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="X_vqa.json")]
+    """The file that `jaxmed generate` wrote"""
+    records: str
+    """JSON of the records it was written from; their answers are the references"""
+    out: str
+    """Folder for scores.json, scores.csv and report.html"""
+    control: str = ""
+    """A second *_vqa.json: the same studies written with wrong images (`jaxmed generate … --control shuffled`)"""
+    control_kind: Literal["", "shuffled", "zeros", "noise"] = ""
+    """What the control's images were; "": as the header beside its file says"""
+    volumes: str = ""
+    """Folder of NIfTI volumes; the page then shows three slices of a study"""
+    metadata: str = ""
+    """CT-RATE's metadata CSV, for the slices' Hounsfield units"""
+    hu: Override = "auto"
+    """Which rule gives the slices' Hounsfield units"""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """A record that cannot be used: stop and list them all, or go on without"""
+    resamples: int = scoring.RESAMPLES
+    """Resamples of the studies behind the 95% intervals"""
+    seed: int = 0
+    """Seed of the resamples"""
+    page: evaluation.PageLimits = field(default_factory=evaluation.PageLimits)
+
+
+def control_kind(path: str) -> str:
+    """What the header that `jaxmed generate` leaves beside its file says of the images; "" where there is none."""
+    header = Path(path + ".header.json")
+    try:
+        kind = json.loads(header.read_text(encoding="utf-8")).get("control", "")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return kind if kind in ("shuffled", "zeros", "noise") else ""
+
+
+def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -> scoring.Scores:
+    """Scores, writes the three files and prints the table. `extra`: named figures that the page shows as further tables,
+    {title: {row: number or text, or {column: number or text}}}."""
+    if args.resamples < 1:
+        raise UserError(f"--resamples is {args.resamples}; give at least 1")
+    records, problems = load_records(args.records)
+    if problems and args.on_bad_record == "stop":
+        raise BadRecords(problems)
+    studies, notices = pairing.pair(pairing.read_answers(args.answers), records, args.answers)
+    if problems:
+        notices.append(f"{len(problems)} records cannot be used and were skipped; the first: {problems[0]}")
+    control, kind = None, ""
+    if args.control:
+        control = pairing.control_answers(args.control, studies)
+        kind = args.control_kind or control_kind(args.control)
+    if not text.meteor_available():
+        notices.append("METEOR is left out: nltk's WordNet is not installed here, and nothing is downloaded.")
+    scores = scoring.score(studies, control, kind, args.resamples, args.seed)
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        scoring.write_json(out / "scores.json", scores)
+        scoring.write_csv(out / "scores.csv", studies, scores)
+        facts = [("Studies", f"{len(studies):,}"), ("Answers", args.answers), ("Records", args.records)]
+        facts += [("Control", f"{args.control}{f' ({kind})' if kind else ''}")] if args.control else []
+        options = evaluation.PageOptions(args.volumes, args.metadata, args.hu, args.page)
+        title = f"Evaluation of {Path(args.answers).name}"
+        notices += evaluation.write_page(out / "report.html", studies, scores, title, facts, notices, options, extra)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out or free space") from error
+    _print(scores, notices, out)
+    return scores
+
+
+def _print(scores: scoring.Scores, notices: list[str], out: Path) -> None:
+    control = scores.control
+    table = Table(title=f"{len(scores.per_study):,} studies", title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("score", no_wrap=True)
+    for name in ("corpus", "95% interval", "always the\ncommonest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("wrong\nimages", "drop", "95% interval") if control else ():
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, value in scores.corpus.items():
+        low, high = scores.intervals[name]
+        row = [evaluation.LABELS[name], f"{value:.3f}", f"{low:.3f} to {high:.3f}", f"{scores.always_commonest[name]:.3f}"]
+        if control:
+            d_low, d_high = control.intervals[name]
+            row += [f"{control.corpus[name]:.3f}", f"{control.drop[name]:.3f}", f"{d_low:.3f} to {d_high:.3f}"]
+        table.add_row(*row)
+    rich.print(table)
+    for line in evaluation.verdicts(scores):
+        rich.print(f"[bold]{line.head}[/bold]", line.text)
+    for notice in notices:
+        rich.print("[dim]Notice:[/dim]", rich.markup.escape(notice))
+    rich.print(f"Wrote {rich.markup.escape(str(out))}/scores.json, scores.csv and report.html")
+
+
+def run(argv: list[str]) -> int:
+    evaluate(tyro.cli(Args, args=argv, prog="jaxmed evaluate", description=HELP))
+    return 0

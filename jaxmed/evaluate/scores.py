@@ -1,0 +1,207 @@
+"""Scores of a set of studies: each one's, the corpus', intervals, collapse, and what a control with wrong images loses.
+
+Corpus BLEU sums the sufficient statistics over all answers; the other corpus scores are means over studies (a study of
+several questions counts once, as the mean over its answers). Intervals are the central 95% of resamples of the *studies*,
+drawn with replacement by a seed; a control is resampled with the same draws, so that its drop is that of paired differences.
+All of it is a product of a matrix of draws [R, S] with per-study statistics.
+
+Axis letters: S studies, R resamples, K the scores that are means (ROUGE, and METEOR where it can be had).
+"""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmed.evaluate import text
+from jaxmed.evaluate.studies import Study
+
+RESAMPLES = 1000
+CHUNK = 50
+"""Resamples whose draws exist at once: 50 of 50,000 studies are 20 MB."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the scores of a set of answers are made of."""
+
+    bleu: np.ndarray
+    """[S, 10] int64, summed over a study's answers"""
+    means: np.ndarray
+    """[S, K] float64"""
+    names: tuple[str, ...]
+    """The K scores"""
+
+
+@dataclass(frozen=True)
+class Control:
+    """The same studies written with wrong images."""
+
+    kind: str
+    """`shuffled`, `zeros`, `noise`; "" where it is not known"""
+    answers: tuple[tuple[str, ...], ...]
+    studies: list[dict[str, float]]
+    corpus: dict[str, float]
+    drop: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    """Of the drop"""
+    unchanged_share: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Everything that the files and the page say."""
+
+    per_study: list[dict[str, float]]
+    """One dict a study, in their order"""
+    corpus: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    commonest: list[tuple[str, int]]
+    """The commonest answers and how often each was given, the most frequent first"""
+    answers: int
+    distinct: int
+    always_commonest: dict[str, float]
+    control: Control | None
+
+
+def statistics(answers: list[tuple[str, ...]], references: list[tuple[str, ...]]) -> Statistics:
+    """Reads every pair once; all that follows is arithmetic."""
+    use_meteor = text.meteor_available()
+    bleu, means = [], []
+    for ours, theirs in zip(answers, references, strict=True):
+        pairs = list(zip(ours, theirs, strict=True))
+        bleu.append(np.sum([text.bleu_statistics(*pair) for pair in pairs], axis=0))
+        rows = [text.rouge(*pair) + ((text.meteor(*pair),) if use_meteor else ()) for pair in pairs]
+        means.append(np.mean(rows, axis=0))
+    names = text.ROUGE + ((text.METEOR,) if use_meteor else ())
+    return Statistics(np.array(bleu), np.array(means), names)
+
+
+def _named(bleu: np.ndarray, means: np.ndarray, names: tuple[str, ...], single: bool) -> dict[str, np.ndarray]:
+    """Scores from summed BLEU statistics [..., 10] and averaged means [..., K]."""
+    scores = {name: text.bleu_from_statistics(bleu, order, single) for order, name in enumerate(text.BLEU, 1)}
+    return scores | {name: means[..., k] for k, name in enumerate(names)}
+
+
+def corpus_scores(stats: Statistics) -> dict[str, float]:
+    scores = _named(stats.bleu.sum(0), stats.means.mean(0), stats.names, single=False)
+    return {name: float(value) for name, value in scores.items()}
+
+
+def study_scores(stats: Statistics) -> list[dict[str, float]]:
+    scores = _named(stats.bleu, stats.means, stats.names, single=True)
+    return [{name: float(value[i]) for name, value in scores.items()} for i in range(len(stats.bleu))]
+
+
+def draws(studies: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each study is in each resample, [chunk, S], chunk by chunk; the same for the same arguments."""
+    random = np.random.default_rng(seed)
+    for start in range(0, resamples, CHUNK):
+        picks = random.integers(0, studies, (min(CHUNK, resamples - start), studies))
+        yield np.stack([np.bincount(row, minlength=studies) for row in picks])
+
+
+def resampled(stats: Statistics, resamples: int, seed: int) -> dict[str, np.ndarray]:
+    """Corpus scores of every resample, [R] each."""
+    count = len(stats.bleu)
+    pieces = [_named(w @ stats.bleu, w @ stats.means / count, stats.names, False) for w in draws(count, resamples, seed)]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _interval(samples: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(samples, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def score(
+    studies: list[Study],
+    control: list[tuple[str, ...]] | None = None,
+    control_kind: str = "",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Scores:
+    """Scores all studies; `control`: their answers with wrong images, in the same order."""
+    answers, references = [s.answers for s in studies], [s.references for s in studies]
+    stats = statistics(answers, references)
+    samples = resampled(stats, resamples, seed)
+    counts = Counter(answer for study in answers for answer in study)
+    commonest = counts.most_common(5)
+    always = statistics([(commonest[0][0],) * len(study) for study in references], references)
+    corpus = corpus_scores(stats)
+    compared = None
+    if control is not None:
+        theirs = statistics(control, references)
+        wrong = resampled(theirs, resamples, seed)
+        wrong_corpus = corpus_scores(theirs)
+        pairs = [pair for mine, other in zip(answers, control, strict=True) for pair in zip(mine, other, strict=True)]
+        compared = Control(
+            kind=control_kind,
+            answers=tuple(control),
+            studies=study_scores(theirs),
+            corpus=wrong_corpus,
+            drop={name: corpus[name] - wrong_corpus[name] for name in corpus},
+            intervals={name: _interval(samples[name] - wrong[name]) for name in corpus},
+            unchanged_share=sum(mine == other for mine, other in pairs) / len(pairs),
+        )
+    return Scores(
+        per_study=study_scores(stats),
+        corpus=corpus,
+        intervals={name: _interval(samples[name]) for name in corpus},
+        commonest=commonest,
+        answers=counts.total(),
+        distinct=len(counts),
+        always_commonest=corpus_scores(always),
+        control=compared,
+    )
+
+
+def to_json(scores: Scores) -> dict[str, Any]:
+    """The content of scores.json. What can't be had is absent."""
+    content: dict[str, Any] = {
+        "corpus": scores.corpus,
+        "intervals": {name: list(pair) for name, pair in scores.intervals.items()},
+        "collapse": {
+            "distinct": scores.distinct,
+            "commonest_share": scores.commonest[0][1] / scores.answers,
+            "always_commonest": scores.always_commonest,
+        },
+        "studies": len(scores.per_study),
+    }
+    if scores.control is not None:
+        kind = {"kind": scores.control.kind} if scores.control.kind else {}
+        content["control"] = kind | {
+            "drop": scores.control.drop,
+            "intervals": {name: list(pair) for name, pair in scores.control.intervals.items()},
+            "unchanged_share": scores.control.unchanged_share,
+        }
+    return content
+
+
+def write_json(path: Path, scores: Scores) -> None:
+    path.write_text(json.dumps(to_json(scores), indent=2) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, studies: list[Study], scores: Scores) -> None:
+    """One row a study; several questions of one study stand below each other in a cell."""
+    names = list(scores.corpus)
+    control = scores.control
+    head = ["id", "image", "questions", *names, *([f"control_{name}" for name in names] if control else [])]
+    head += ["unchanged"] if control else []
+    head += ["answer", "reference", *(["control_answer"] if control else [])]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        for i, study in enumerate(studies):
+            row: list[Any] = [study.id, study.image, len(study.questions)]
+            row += [f"{scores.per_study[i][name]:.6f}" for name in names]
+            if control:
+                row += [f"{control.studies[i][name]:.6f}" for name in names]
+                row.append(int(control.answers[i] == study.answers))
+            row += ["\n".join(study.answers), "\n".join(study.references)]
+            row += ["\n".join(control.answers[i])] if control else []
+            writer.writerow(row)

@@ -1,0 +1,152 @@
+"""Generated answers beside their references: reads a `*_vqa.json`, strips end tokens and pairs it with the records.
+
+The file has BTB3D's layout: a list of {"image", "conversations_out": [{"id", "question", "answer", "token_ids"?}, ...]}, one
+element a study and one entry a question, in data-set order. The k-th entry of a study answers the record's k-th question.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxmed.data.embeddings import npz_name
+from jaxmed.data.records import Record
+from jaxmed.errors import UserError
+
+_END = re.compile(r"(?:\s*(?:<\|[a-z0-9_]+\|>|</s>|<eos>|<pad>|\[PAD\]|<end_of_turn>))+\s*$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One record with what was written for it; the tuples have one entry a question."""
+
+    id: str
+    image: str
+    """The volume as the record names it ("" for text alone)."""
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Written:
+    """One element of the file."""
+
+    id: str
+    images: tuple[str, ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+
+
+def strip_end(text: str) -> str:
+    """The text without end-of-turn tokens and the spaces around it."""
+    return _END.sub("", text).strip()
+
+
+def _element(path: str, index: int, element: Any) -> _Written:
+    where, hint = f"{path}: element {index}", "give the file that `jaxmed generate` wrote"
+    turns = element.get("conversations_out") if isinstance(element, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f'{where} has no "conversations_out"; {hint}')
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("question", "answer")):
+            raise UserError(f'{where} has an entry without the texts "question" and "answer"; {hint}')
+    ids = {turn.get("id") for turn in turns}
+    if len(ids) != 1 or None in ids:
+        raise UserError(f"{where} has the ids {sorted(map(str, ids))}; all its entries must carry the one id of their record")
+    image = element.get("image") or ""
+    images = tuple(str(name) for name in (image if isinstance(image, list) else [image]) if name)
+    questions = tuple(turn["question"] for turn in turns)
+    return _Written(str(ids.pop()), images, questions, tuple(strip_end(turn["answer"]) for turn in turns))
+
+
+def read_answers(path: str) -> list[_Written]:
+    """All elements of a `*_vqa.json`."""
+    try:
+        elements = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give the file that `jaxmed generate` wrote") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); give the final *_vqa.json, not the .jsonl of a process") from error
+    if not isinstance(elements, list) or not elements:
+        raise UserError(f"{path} holds no list of studies; give the file that `jaxmed generate` wrote")
+    return [_element(path, i, element) for i, element in enumerate(elements)]
+
+
+def _pair_one(written: _Written, record: Record, path: str) -> Study:
+    where, hint = f"{path}: study {written.id!r}", "give the records it was written from"
+    for image, expected in zip(written.images, record.images, strict=False):
+        if npz_name(image) != npz_name(expected):
+            raise UserError(f"{where} was written for {image}, its record names {expected}; {hint}")
+    asked, references = record.turns[::2], record.turns[1::2]
+    if len(asked) != len(written.answers):
+        raise UserError(f"{where} has {len(written.answers)} answers, its record {len(asked)} questions; {hint}")
+    image, scored = record.images[0] if record.images else "", len(references)  # the last question may lack its reference
+    texts = tuple(turn.value.strip() for turn in references)
+    return Study(written.id, image, written.questions[:scored], written.answers[:scored], texts)
+
+
+def _check_ids(ours: Counter[str], theirs: Counter[str], path: str) -> None:
+    strangers = [name for name in ours if name not in theirs]
+    if strangers:
+        few = ", ".join(strangers[:3]) + (", …" if len(strangers) > 3 else "")
+        raise UserError(
+            f"{path}: {len(strangers)} studies ({few}) are not in the records; give the records it was written from"
+        )
+    for name, count in ours.items():
+        if count != theirs[name]:
+            times = f"{count} times here and {theirs[name]} times in the records"
+            raise UserError(f"{path}: the id {name!r} occurs {times}; make the ids unique")
+
+
+def pair(written: list[_Written], records: list[Record], path: str) -> tuple[list[Study], list[str]]:
+    """Studies in the order of the file, and notices: records without an answer, answers without a reference, other questions.
+
+    An id that occurs several times is matched in order, and only if both sides have it equally often.
+    """
+    ours, theirs = Counter(element.id for element in written), Counter(record.id for record in records)
+    _check_ids(ours, theirs, path)
+    by_id: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_id[record.id].append(record)
+    queues = {name: iter(found) for name, found in by_id.items()}
+    studies, reworded = [], 0
+    for element in written:
+        record = next(queues[element.id])
+        studies.append(_pair_one(element, record, path))
+        asked = [turn.value.strip() for turn in record.turns[::2]]
+        reworded += asked != [question.strip() for question in element.questions]
+    notices = []
+    missing = sum(count for name, count in theirs.items() if name not in ours)
+    if missing:
+        notices.append(f"{missing} of {len(records)} records have no answer in {Path(path).name}; the scores leave them out")
+    if reworded:
+        notices.append(f"{reworded} studies were asked other questions than their records now hold")
+    unscored = sum(not study.references for study in studies)
+    if unscored:
+        notices.append(f"{unscored} studies have no reference answer in the records; the scores leave them out")
+    studies = [study for study in studies if study.references]
+    if not studies:
+        raise UserError(f"{path}: none of its studies has a reference answer in the records; there is nothing to score")
+    return studies, notices
+
+
+def control_answers(path: str, studies: list[Study]) -> list[tuple[str, ...]]:
+    """The answers written with the wrong images, in the order of `studies`: the same ids with as many answers each."""
+    found: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+    for element in read_answers(path):
+        found[element.id].append(element.answers)
+    queues = {name: iter(answers) for name, answers in found.items()}
+    hint = "write the control from the same records (jaxmed generate … --control shuffled)"
+    answers = []
+    for study in studies:
+        theirs = next(queues.get(study.id, iter(())), None)
+        if theirs is None:
+            missing = sum(other.id not in found for other in studies)
+            raise UserError(f"{path} lacks {max(missing, 1)} of the studies, {study.id!r} among them; {hint}")
+        if len(theirs) < len(study.answers):
+            raise UserError(f"{path}: study {study.id!r} has {len(theirs)} answers, {len(study.answers)} are needed; {hint}")
+        answers.append(theirs[: len(study.answers)])
+    return answers
