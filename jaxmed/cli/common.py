@@ -1,0 +1,93 @@
+"""What the commands share: finding a config, turning it into flags, and the errors of tyro as one line."""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import pkgutil
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import jaxmed._configs
+from jaxmed.config import ConfigError, Experiment
+from jaxmed.errors import UserError
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configs that travel with the package."""
+    return sorted(m.name for m in pkgutil.iter_modules(jaxmed._configs.__path__))
+
+
+def find_config(name_or_path: str) -> Any:
+    """The module of a shipped config (by name) or of a Python file (by path)."""
+    if name_or_path in shipped_configs():
+        return importlib.import_module(f"jaxmed._configs.{name_or_path}")
+    path = Path(name_or_path)
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"no config {name_or_path!r}: give the path of a .py file, or one of {', '.join(shipped_configs())}")
+    spec = importlib.util.spec_from_file_location(f"_jaxmed_user_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} has no get_config(); define one that returns a jaxmed.config.Experiment")
+    return module
+
+
+def load_experiment(name_or_path: str) -> Experiment:
+    """The Experiment of a shipped config or of a Python file, before any flag."""
+    experiment = find_config(name_or_path).get_config()
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"get_config() of {name_or_path} returned {type(experiment).__name__}, not a jaxmed.config.Experiment")
+    return experiment
+
+
+def split_config(argv: list[str], command: str) -> tuple[str, list[str]]:
+    """The CONFIG positional (first argument) and the flags after it."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    if any(a in ("-h", "--help") for a in argv):
+        return "btb3d", argv
+    raise UserError(f"jaxmed {command} needs a config first: {', '.join(shipped_configs())}, or the path of a .py file")
+
+
+def parse(cls: type, argv: list[str], *, prog: str, description: str, default: Any = None) -> Any:
+    """tyro, with its box of errors made one line."""
+    argv = [_canonical(a) for a in argv]
+    errors = io.StringIO()
+    kwargs = {} if default is None else {"default": default}
+    try:
+        if any(a in ("-h", "--help") for a in argv):
+            return tyro.cli(cls, args=argv, prog=prog, description=description, **kwargs)
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
+            return tyro.cli(cls, args=argv, prog=prog, description=description, **kwargs)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(f"{_one_line(errors.getvalue())}; see {prog} --help") from None
+    except ConfigError as error:
+        raise UserError(str(error)) from None
+
+
+def _canonical(argument: str) -> str:
+    """Underscores in a flag's name count as dashes, as tyro spells them."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _one_line(box: str) -> str:
+    """The words of tyro's box without its frame."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│┃|╭╮╰╯─━ ") for line in plain.splitlines()]
+    text = " ".join(line for line in lines if line and "For full helptext" not in line and "Parsing error" not in line)
+    return re.sub(r"\s+", " ", text) or "the flags could not be understood"
+
+
+def notice(text: str) -> None:
+    """A line for the person, apart from a command's output."""
+    print(text, file=sys.stderr, flush=True)

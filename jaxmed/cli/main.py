@@ -1,0 +1,55 @@
+"""`jaxmed COMMAND ...`: finds the command, runs it, and turns what the user can mend into one line and exit code 2."""
+
+import importlib
+import os
+import sys
+
+import jaxmed
+from jaxmed.errors import UserError
+
+COMMANDS = ("quickstart", "train", "generate", "evaluate", "encode", "preview")
+
+
+def overview() -> str:
+    lines = [
+        f"jaxmed {jaxmed.__version__}: medical vision-language models in JAX",
+        "",
+        "usage: jaxmed COMMAND [...]    (jaxmed COMMAND --help explains each)",
+        "",
+    ]
+    for name in COMMANDS:
+        lines.append(f"  {name:<11} {importlib.import_module(f'jaxmed.cli.{name}').HELP}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    sys.exit(run(argv))
+
+
+def run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"jaxmed {jaxmed.__version__}")
+        return 0
+    command, rest = argv[0], argv[1:]
+    if command not in COMMANDS:
+        print(f"jaxmed: no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f"jaxmed.cli.{command}").run(rest)
+    except UserError as error:
+        print(f"jaxmed {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\njaxmed {command}: stopped; what was finished is kept, the same command goes on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"jaxmed {command}: {error.strerror or error}{where}", file=sys.stderr)
+        return 1

@@ -1,0 +1,242 @@
+"""The LLaMA-family decoder: embedding, blocks, final norm, head.
+
+The blocks are either stacked (every parameter has a leading L; run by a scan, with rematerialisation: training, and
+everything on TPU) or split (separate arrays a layer; run by a loop: generation on CPU and GPU, where a scan would copy each
+layer's weights in every decode step). It is the same Block.
+
+Vocabulary: the table has the base's rows, then the rows of added tokens, then zeros up to a multiple of 256. Rows of added
+tokens are trained as the small array `embed.added`, which is laid over the table's rows at lookup.
+
+Axis letters: B batch, T text, D width, V padded vocabulary, A added tokens, L layers, S cache slots, K kv heads, H head width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmed.config import DecoderConfig, LoraConfig
+from jaxmed.nn.attention import Layout, Mask, attention, cached_attention
+from jaxmed.nn.block import Block
+from jaxmed.nn.dropout import Dropout
+from jaxmed.nn.norm import RMSNorm
+from jaxmed.nn.param import gathered, normal
+from jaxmed.nn.rope import rope_angles
+from jaxmed.sharding import Rules
+from jaxmed.types import KVCache
+
+VOCAB_MULTIPLE = 256
+
+
+def padded_vocab(size: int) -> int:
+    """Rows of the table for `size` tokens, a number that divides over any mesh."""
+    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: DecoderConfig, added: int, key: jax.Array):
+        key_table, key_added = jax.random.split(key)
+        rows = padded_vocab(config.vocab + added)
+        self.table = normal(key_table, (rows, config.width), config.initializer_range, ("vocab", "embed"))
+        if added:
+            self.added = normal(key_added, (added, config.width), config.initializer_range, (None, "embed"))
+        self.base_rows, self.added_rows = config.vocab, added
+
+    def __call__(self, tokens: jax.Array, rules: Rules, dtype: jnp.dtype) -> jax.Array:
+        """tokens [B, T] -> [B, T, D]. Each tensor shard looks up its own rows of the table; the sum over shards is the row."""
+        along_t, out = rules.spec("batch", "length"), rules.spec("batch", "length", None)
+        lookup = jax.shard_map(_lookup, in_specs=(rules.spec("vocab", None), along_t), out_specs=out)
+        h = lookup(gathered(self.table, rules).astype(dtype), tokens)
+        if self.added_rows:
+            place = tokens - self.base_rows
+            is_added = (place >= 0) & (place < self.added_rows)
+            table = gathered(self.added, rules).astype(dtype)
+            overlay = table.at[jnp.clip(place, 0, self.added_rows - 1)].get(out_sharding=out)
+            h = jnp.where(is_added[..., None], overlay, h)
+        return h
+
+
+def _lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Inside shard_map: table [V / tensor, D], tokens [B, T] -> [B, T, D]"""
+    local = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+    here = (local >= 0) & (local < table.shape[0])
+    rows = table[jnp.clip(local, 0, table.shape[0] - 1)]
+    return jax.lax.psum(jnp.where(here[..., None], rows, 0), "tensor")
+
+
+class Head(nnx.Module):
+    """Output projection of an untied model; [V, D]."""
+
+    def __init__(self, config: DecoderConfig, added: int, key: jax.Array):
+        rows = padded_vocab(config.vocab + added)
+        self.weight = normal(key, (rows, config.width), config.initializer_range, ("vocab", "embed"))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: DecoderConfig, lora: LoraConfig, added: int, key: jax.Array, split: bool):
+        key_embed, key_blocks, key_head = jax.random.split(key, 3)
+        self.embed = Embedding(config, added, key_embed)
+        block_keys = jax.random.split(key_blocks, config.layers)
+        if split:
+            self.blocks = nnx.List([Block(config, lora, k) for k in block_keys])
+        else:
+            self.blocks = jax.vmap(lambda k: Block(config, lora, k))(block_keys)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        if not config.tied:
+            self.head = Head(config, added, key_head)
+        self.config, self.added, self.split = config, added, split
+
+    @property
+    def mask(self) -> Mask:
+        return Mask(causal=True, window=self.config.window)
+
+    def __call__(
+        self,
+        h: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        layout: Layout,
+        rules: Rules,
+        remat: str,
+        dropout: Dropout | None,
+    ) -> jax.Array:
+        """Embeddings h [B, T, D] -> hidden states after the final norm [B, T, D]; positions and segment_ids [B, T]"""
+        angles = rope_angles(positions, self.config.rope, self.config.head_dim)
+
+        def attend(q, k, v):
+            return attention(q, k, v, positions, segment_ids, self.mask, layout, rules), None
+
+        def body(h, block_and_index):
+            block, index = block_and_index
+            bits = dropout.fold(index) if dropout is not None else None
+            return block(h, angles, attend, rules, bits)[0], None
+
+        body = rematerialised(body, remat)
+        if self.split:
+            for index, block in enumerate(self.blocks):
+                h, _ = body(h, (block, index))
+        else:
+            h, _ = jax.lax.scan(body, h, (self.blocks, jnp.arange(self.config.layers)))
+        return self.norm(h, rules)
+
+    def prefill(
+        self, h: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: KVCache, layout: Layout, rules: Rules
+    ) -> tuple[jax.Array, KVCache]:
+        """Fills an empty cache with a prompt and returns its hidden states. h [B, T, D], padded on the left (segment 0)."""
+        angles = rope_angles(positions, self.config.rope, self.config.head_dim)
+
+        def attend(layer_keys, layer_values):
+            def inner(q, k, v):
+                y = attention(q, k, v, positions, segment_ids, self.mask, layout, rules)
+                return y, (_write(layer_keys, k, 0), _write(layer_values, v, 0))
+
+            return inner
+
+        h, keys, values = self._run_cached(h, angles, attend, cache, rules)
+        slots, length = cache.positions.shape[1], positions.shape[1]
+        pad = ((0, 0), (0, slots - length))
+        cache = KVCache(keys, values, jnp.pad(positions, pad), jnp.pad(segment_ids != 0, pad), jnp.int32(length))
+        return self.norm(h, rules), cache
+
+    def step(self, h: jax.Array, position: jax.Array, cache: KVCache, rules: Rules) -> tuple[jax.Array, KVCache]:
+        """One token: h [B, 1, D], position [B] -> hidden states [B, 1, D] and the cache with one more slot."""
+        angles = rope_angles(position[:, None], self.config.rope, self.config.head_dim)
+        here = jnp.arange(cache.positions.shape[1]) == cache.cursor
+        positions = jnp.where(here, position[:, None], cache.positions)
+        valid = cache.valid | here
+
+        def attend(layer_keys, layer_values):
+            def inner(q, k, v):
+                kept = (_write(layer_keys, k, cache.cursor), _write(layer_values, v, cache.cursor))
+                return cached_attention(q, *kept, position[:, None], positions, valid, self.mask, rules), kept
+
+            return inner
+
+        h, keys, values = self._run_cached(h, angles, attend, cache, rules)
+        return self.norm(h, rules), KVCache(keys, values, positions, valid, cache.cursor + 1)
+
+    def _run_cached(self, h: jax.Array, angles: Any, attend: Any, cache: KVCache, rules: Rules):
+        """All blocks, each with its layer's cache. A stacked cache rides in the carry: as inputs and outputs it would be copied."""
+        if self.split:
+            kept = []
+            for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):
+                h, layer = block(h, angles, attend(keys, values), rules, None)
+                kept.append(layer)
+            return h, tuple(k for k, _ in kept), tuple(v for _, v in kept)
+
+        def body(carry, block_and_index):
+            h, keys, values = carry
+            block, index = block_and_index
+            layer = (jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False) for x in (keys, values))
+            h, (k, v) = block(h, angles, attend(*layer), rules, None)
+            keys, values = (jax.lax.dynamic_update_index_in_dim(x, y, index, 0) for x, y in ((keys, k), (values, v)))
+            return (h, keys, values), None
+
+        (h, keys, values), _ = jax.lax.scan(body, (h, cache.keys, cache.values), (self.blocks, jnp.arange(self.config.layers)))
+        return h, keys, values
+
+    def head_table(self, rules: Rules) -> jax.Array:
+        """[V, D], gathered over fsdp: the head's own, or the embedding's."""
+        return gathered(self.embed.table if self.config.tied else self.head.weight, rules)
+
+    def logits(self, hidden: jax.Array, rules: Rules, length_axis: str | None, table: jax.Array | None = None) -> jax.Array:
+        """hidden [B, T, D] -> [B, T, V] float32, vocabulary over `tensor`; padding rows are at -1e30.
+
+        `length_axis` is how T is sharded; `table` a `head_table` fetched before a loop.
+        """
+        table = self.head_table(rules) if table is None else table
+        out = rules.spec("batch", length_axis, "vocab")
+        product = jnp.einsum(
+            "btd,vd->btv", hidden, table.astype(hidden.dtype), out_sharding=out, preferred_element_type=jnp.float32
+        )
+        column = jax.lax.broadcasted_iota(jnp.int32, (1, 1, product.shape[-1]), 2, out_sharding=rules.spec(None, None, "vocab"))
+        base, size = self.config.vocab, self.config.vocab + self.added
+        if self.config.tied and self.added:
+            product = self._overlay_added(product, hidden, column, rules, out)
+        return jnp.where(column < size, product, -1e30) if size < product.shape[-1] or base != size else product
+
+    def _overlay_added(self, product: jax.Array, hidden: jax.Array, column: jax.Array, rules: Rules, out: Any) -> jax.Array:
+        """A tied head reads the trained rows of added tokens too."""
+        rows = gathered(self.embed.added, rules).astype(hidden.dtype)
+        for a in range(self.added):
+            logit = jnp.einsum("btd,d->bt", hidden, rows[a], preferred_element_type=jnp.float32)
+            product = jnp.where(column == self.config.vocab + a, logit[..., None], product)
+        return product
+
+
+def _write(cache: jax.Array, new: jax.Array, at: jax.Array | int) -> jax.Array:
+    """cache [B, K, S, H], new [B, T, K, H] -> the cache with `new` in slots at .. at + T"""
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.transpose(0, 2, 1, 3).astype(cache.dtype), at, axis=2)
+
+
+def rematerialised(body: Any, remat: str) -> Any:
+    """The scan's body under a policy of TrainConfig.remat."""
+    if remat == "none":
+        return body
+    if remat == "attention":
+        names = ("qkv", "attention_out", "attention_lse")
+        return jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
+    if remat == "offload":
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["qkv", "attention_out", "attention_lse"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+        return jax.checkpoint(body, policy=policy, prevent_cse=False)
+    return jax.checkpoint(body, prevent_cse=False)
+
+
+def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype, split: bool, rules: Rules) -> KVCache:
+    """Zeros, laid out as the rules say; made inside a jitted function."""
+    shape = (batch, config.kv_heads, slots, config.head_dim)
+    spec = rules.spec("batch", "kv_heads", None, None)
+    if split:
+        layers = [tuple(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(config.layers)) for _ in range(2)]
+    else:
+        stacked = rules.spec(None, "batch", "kv_heads", None, None)
+        layers = [jnp.zeros((config.layers, *shape), dtype, out_sharding=stacked) for _ in range(2)]
+    row = rules.spec("batch", None)
+    positions = jnp.zeros((batch, slots), jnp.int32, out_sharding=row)
+    return KVCache(layers[0], layers[1], positions, jnp.zeros((batch, slots), jnp.bool, out_sharding=row), jnp.int32(0))

@@ -1,0 +1,79 @@
+"""The one Linear, with its optional LoRA adapter.
+
+y = W x + b + alpha / rank * B (A dropout(x)). W [out, in] is stored as Hugging Face stores it; A [R, in] carries the input's
+axis, B [out, R] the output's; B starts at zero. LoRA: Hu et al., arXiv 2106.09685; layout and initialisation as in
+huggingface/peft, src/peft/tuners/lora/layer.py.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxmed.nn.dropout import Dropout
+from jaxmed.nn.param import Axes, constant, gathered, normal, uniform
+from jaxmed.sharding import Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Size of one Linear's LoRA adapter; rank 0 is none."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+NO_ADAPTER = Adapter(0, 0.0)
+
+
+class Linear(nnx.Module):
+    """x [B, T, in] -> [B, T, out], in x's dtype."""
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        axes: tuple[str | None, str | None],
+        key: jax.Array,
+        *,
+        std: float,
+        bias: bool = False,
+        adapter: Adapter = NO_ADAPTER,
+    ):
+        """`std` of the initial weight; a negative one asks for torch's default, U(±1/sqrt(in)) for weight and bias alike."""
+        key_w, key_b, key_a = jax.random.split(key, 3)
+        bound = in_features**-0.5
+        shape = (out_features, in_features)
+        self.weight = normal(key_w, shape, std, axes) if std >= 0 else uniform(key_w, shape, bound, axes)
+        if bias:
+            self.bias = uniform(key_b, (out_features,), bound if std < 0 else 0.0, axes[:1])
+        if adapter.rank:
+            self.lora_a = uniform(key_a, (adapter.rank, in_features), bound, (None, axes[1]))
+            self.lora_b = constant((out_features, adapter.rank), 0.0, (axes[0], None))
+        self.has_bias, self.adapter = bias, adapter
+
+    def __call__(self, x: jax.Array, rules: Rules, axes: Axes, dropout: Dropout | None) -> jax.Array:
+        """`axes`: logical axes of the output as an activation, such as ("batch", "length", "heads")."""
+        out = rules.spec(*axes)
+        y = jnp.einsum("bti,oi->bto", x, gathered(self.weight, rules).astype(x.dtype), out_sharding=out)
+        if self.has_bias:
+            y = y + gathered(self.bias, rules).astype(x.dtype)
+        if self.adapter.rank:
+            a, b = (gathered(p, rules).astype(x.dtype) for p in (self.lora_a, self.lora_b))
+            # the input's feature axis as an activation is its parameter axis, except that fsdp never splits activations
+            in_axis = self.lora_a.axes[1] if self.lora_a.axes[1] != "embed" else None
+            dropped = dropout(x, rules, in_axis) if dropout is not None else x
+            z = jnp.einsum("bti,ri->btr", dropped, a, out_sharding=rules.spec(*axes[:-1], None))
+            y = y + self.adapter.scale * jnp.einsum("btr,or->bto", z, b, out_sharding=out)
+        return y
+
+
+def merged_weight(weight: jax.Array, lora_a: jax.Array, lora_b: jax.Array, scale: float) -> jax.Array:
+    """[..., out, in] W + scale * B A, computed in float32, in W's dtype."""
+    delta = jnp.einsum("...or,...ri->...oi", lora_b.astype(jnp.float32), lora_a.astype(jnp.float32))
+    return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)

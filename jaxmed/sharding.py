@@ -1,0 +1,147 @@
+"""The mesh, and the one table from logical axes to mesh axes. No PartitionSpec is written anywhere else.
+
+The mesh axes are (data, fsdp, context, tensor), Explicit type, entered always; one device is the mesh (1, 1, 1, 1).
+Parameters name logical axes right-aligned (a leading stack of layers is unsharded). Specs have one entry per dimension:
+a shorter one costs a recompilation after the first step.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxmed.config import Experiment, MeshConfig
+from jaxmed.errors import UserError
+from jaxmed.types import Batch, Order
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axes it is split over."""
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    length: tuple[str, ...] = ("context",)
+    embed: tuple[str, ...] = ("fsdp",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    mlp: tuple[str, ...] = ("tensor",)
+    vocab: tuple[str, ...] = ("tensor",)
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """One entry per dimension; None is an unsharded one."""
+        unknown = {a for a in axes if a is not None} - {f.name for f in dataclasses.fields(self)}
+        if unknown:
+            raise ValueError(f"unknown logical axes {sorted(unknown)}; declare them in Rules")
+        entries = [getattr(self, a) if a is not None else () for a in axes]
+        used = [mesh_axis for entry in entries for mesh_axis in entry]
+        if len(used) != len(set(used)):
+            raise ValueError(f"logical axes {axes} use a mesh axis twice: {used}")
+        return PartitionSpec(*(entry or None for entry in entries))
+
+    def sharding(self, mesh: Mesh, *axes: str | None) -> NamedSharding:
+        return NamedSharding(mesh, self.spec(*axes))
+
+    def param_spec(self, param: nnx.Variable) -> PartitionSpec:
+        """The spec of a parameter that names its axes; leading stack dimensions are unsharded."""
+        return self.spec(*[None] * (len(param.shape) - len(param.axes)), *param.axes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The Explicit mesh over all devices (or `devices`). Raises UserError where the sizes do not multiply to their number."""
+    devices = list(jax.devices() if devices is None else devices)
+    rest = config.fsdp * config.context * config.tensor
+    data = config.data or len(devices) // rest
+    if data * rest != len(devices) or data == 0:
+        shape = f"mesh.data {config.data or 'auto'} x fsdp {config.fsdp} x context {config.context} x tensor {config.tensor}"
+        raise UserError(f"{shape} does not multiply to the {len(devices)} devices of this job; change the --mesh flags")
+    shape = (data, config.fsdp, config.context, config.tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def rules_for(experiment: Experiment, mesh_shape: dict[str, int]) -> Rules:
+    """The rules for a model on a mesh: kv heads are replicated where `tensor` is a multiple of their number."""
+    kv_heads, tensor = experiment.model.decoder.kv_heads, mesh_shape["tensor"]
+    if kv_heads % tensor and tensor % kv_heads == 0:
+        return Rules(kv_heads=())
+    return Rules()
+
+
+def check_divisible(experiment: Experiment, mesh_shape: dict[str, int]) -> None:
+    """Every dimension that a mesh axis must divide, in one error that lists all offenders."""
+    decoder, data = experiment.model.decoder, experiment.data
+    fsdp, tensor, context = (mesh_shape[a] for a in ("fsdp", "tensor", "context"))
+    rows = mesh_shape["data"] * fsdp
+    kv_ok = decoder.kv_heads % tensor == 0 or tensor % decoder.kv_heads == 0
+    checks = [
+        ("model.decoder.width", decoder.width, "mesh.fsdp", fsdp, decoder.width % fsdp == 0),
+        ("model.decoder.heads", decoder.heads, "mesh.tensor", tensor, decoder.heads % tensor == 0),
+        ("model.decoder.kv_heads", decoder.kv_heads, "mesh.tensor", tensor, kv_ok),
+        ("model.decoder.mlp", decoder.mlp, "mesh.tensor", tensor, decoder.mlp % tensor == 0),
+    ]
+    per_microbatch = data.batch // data.microbatches
+    checks.append(("data.batch / data.microbatches", per_microbatch, "mesh.data x fsdp", rows, per_microbatch % rows == 0))
+    if context > 1:
+        pieces = 2 * context
+        checks += [(f"data.buckets entry {b}", b, "2 x mesh.context", pieces, b % pieces == 0) for b in data.buckets]
+    bad = [f"  {name} is {value}, not a multiple of {axis} = {size}" for name, value, axis, size, ok in checks if not ok]
+    if bad:
+        raise UserError("these sizes do not divide over the mesh; change them or the --mesh flags:\n" + "\n".join(bad))
+
+
+def state_specs(state: Any, rules: Rules) -> dict[str, Any]:
+    """Nested dict of specs for an nnx state whose parameters name their axes."""
+    specs = jax.tree.map(rules.param_spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.to_pure_dict(specs)
+
+
+def to_shardings(specs: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def replicated(mesh: Mesh, ndim: int = 0) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*[None] * ndim))
+
+
+def batch_specs(rules: Rules, order: Order = "natural") -> Batch:
+    """A Batch of specs."""
+    along_t, row = rules.spec("batch", "length"), rules.spec("batch", None)
+    return Batch(
+        tokens=along_t,
+        positions=along_t,
+        segment_ids=along_t,
+        image_index=along_t,
+        supervised=row,
+        labels=row,
+        images=rules.spec("batch", None, None, None),
+        image_token_mask=rules.spec("batch", None, None),
+        image_grid=rules.spec("batch", None, None),
+        order=order,
+    )
+
+
+def balanced_order(length: int, context: int) -> np.ndarray:
+    """[length] permutation that evens out causal work: shard i of c holds pieces i and 2c - 1 - i of 2c.
+
+    `x[..., balanced_order(T, c)]` is the balanced array.
+    """
+    if length % (2 * context):
+        raise ValueError(f"length {length} is not a multiple of {2 * context}")
+    pieces = np.arange(length).reshape(2 * context, -1)
+    shards = [piece for i in range(context) for piece in (pieces[i], pieces[2 * context - 1 - i])]
+    return np.concatenate(shards)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays (or of ShapeDtypeStructs with shardings): the largest over devices."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total

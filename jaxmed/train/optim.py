@@ -1,0 +1,77 @@
+"""AdamW as torch and Hugging Face's trainer have it: groups, schedules and clipping.
+
+Sources: torch.optim.AdamW; huggingface/transformers, src/transformers/optimization.py; torch.nn.utils.clip_grad_norm_.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmed.config import OptimConfig
+
+Path = tuple[str | int, ...]
+NO_DECAY = ("bias", "scale")
+"""Last names of parameters that weight decay leaves alone: biases and the scales of norms."""
+FIXED = ("norm_mean", "norm_sd")
+"""Saved with the trainable half, never updated."""
+
+
+def schedule(optim: OptimConfig, peak: float, steps: int) -> Callable[[Any], jax.Array]:
+    """Learning rate of update k = 0, 1, ... With warm-up the first update has rate 0, without one it has the peak."""
+    warmup = optim.warmup_steps or math.ceil(optim.warmup_ratio * steps)
+    decay = max(1, steps - warmup)
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        rising = step / max(1, warmup)
+        progress = jnp.clip((step - warmup) / decay, 0.0, 1.0)
+        shapes = {"cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)), "linear": 1 - progress, "constant": jnp.ones_like(progress)}
+        floor = optim.final_fraction if optim.schedule != "constant" else 0.0
+        falling = floor + (1 - floor) * shapes[optim.schedule]
+        return peak * jnp.where(step < warmup, rising, falling)
+
+    return rate
+
+
+def label(path: Path) -> str:
+    """The optimizer group of a parameter: {projector, other} x {decay, no_decay}, or `fixed`."""
+    if path[-1] in FIXED:
+        return "fixed"
+    part = "projector" if path[0] == "projector" else "other"
+    return f"{part}_{'no_decay' if path[-1] in NO_DECAY else 'decay'}"
+
+
+def tree_paths(tree: Any) -> Any:
+    """A nested dict like `tree` whose leaves are their paths."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: tuple(k.key for k in path), tree)
+
+
+def make_optimizer(optim: OptimConfig, steps: int, trainable: Any) -> optax.GradientTransformation:
+    """For a nested dict of trainable arrays (or their shapes). Moments are float32."""
+    labels = jax.tree.map(label, tree_paths(trainable), is_leaf=lambda x: isinstance(x, tuple))
+    projector_rate = optim.projector_learning_rate or optim.learning_rate
+
+    def adamw(peak: float, decay: float) -> optax.GradientTransformation:
+        return optax.adamw(schedule(optim, peak, steps), b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=decay)
+
+    groups = {
+        "other_decay": adamw(optim.learning_rate, optim.weight_decay),
+        "other_no_decay": adamw(optim.learning_rate, 0.0),
+        "projector_decay": adamw(projector_rate, optim.weight_decay),
+        "projector_no_decay": adamw(projector_rate, 0.0),
+        "fixed": optax.set_to_zero(),
+    }
+    return optax.multi_transform(groups, labels)
+
+
+def clip(grads: Any, max_norm: float) -> tuple[Any, jax.Array]:
+    """-> gradients scaled so that their global norm is at most `max_norm` (0: as they are), and the norm before."""
+    norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+    if not max_norm:
+        return grads, norm
+    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+    return jax.tree.map(lambda g: g * factor, grads), norm

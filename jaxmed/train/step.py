@@ -1,0 +1,139 @@
+"""The jitted train step. It takes an `Objective` and knows neither its loss nor its batch.
+
+    state, metrics = step(state, frozen, batch)
+
+`state.trainable` and `frozen` are nested dicts of arrays; they become a module inside the jitted function.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from jaxmed.config import Experiment
+from jaxmed.nn.dropout import Dropout
+from jaxmed.sharding import Rules
+from jaxmed.train.loss import token_losses
+from jaxmed.train.optim import Path, clip
+from jaxmed.types import Batch, TrainState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Of one step, on the device until logged."""
+
+    loss: jax.Array
+    """[] float32, as `train.loss_reduction` defines it"""
+    grad_norm: jax.Array
+    """[] float32, before clipping"""
+    supervised_tokens: jax.Array
+    """[] int32"""
+    row_loss: jax.Array
+    """[B] float32, summed over each row's supervised tokens: names the sample behind a NaN"""
+
+
+class Objective(Protocol):
+    """What a step minimises."""
+
+    def value_and_grad(self, trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[Metrics, Any]:
+        """-> metrics (grad_norm still 0) and gradients shaped as `trainable`; goes over microbatches by itself."""
+
+    def evaluate(self, trainable: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """-> summed loss [] and count []"""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCrossEntropy:
+    """Next-token loss on supervised positions."""
+
+    graphdef: nnx.GraphDef
+    rules: Rules
+    experiment: Experiment
+
+    def _sums(self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(self.graphdef, trainable, frozen)
+        rate, dropout = self.experiment.lora.dropout if self.experiment.lora.rank else 0.0, None
+        if rate and key is not None:
+            dropout = Dropout.for_tokens(key, batch.segment_ids, batch.positions, rate)
+        return token_losses(model, batch, self.rules, dropout, self.experiment.train.loss_chunk)
+
+    def evaluate(self, trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        rows, counts = self._sums(trainable, frozen, batch, None)
+        return jnp.sum(rows), jnp.sum(counts)
+
+    def value_and_grad(self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Metrics, Any]:
+        pieces = self.experiment.data.microbatches
+        by_token = self.experiment.train.loss_reduction == "token"
+        total_count = jnp.maximum(jnp.sum(batch.supervised >= 0), 1)
+
+        def loss(trainable: Any, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            rows, counts = self._sums(trainable, frozen, batch, key)
+            divisor = total_count if by_token else jnp.maximum(jnp.sum(counts), 1) * pieces
+            return jnp.sum(rows) / divisor, (rows, jnp.sum(counts))
+
+        grad = jax.value_and_grad(loss, has_aux=True)
+        if pieces == 1:
+            (value, (rows, count)), grads = grad(trainable, batch)
+            return Metrics(value, jnp.float32(0), count, rows), grads
+
+        def add(carry: tuple, piece: Batch) -> tuple[tuple, jax.Array]:
+            value, count, grads = carry
+            (v, (rows, c)), g = grad(trainable, piece)
+            return (value + v, count + c, jax.tree.map(jnp.add, grads, g)), rows
+
+        start = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, trainable))
+        (value, count, grads), rows = jax.lax.scan(add, start, microbatches(batch, pieces, self.rules))
+        return Metrics(value, jnp.float32(0), count, rows.T.reshape(-1, out_sharding=self.rules.spec("batch"))), grads
+
+
+def microbatches(batch: Batch, pieces: int, rules: Rules) -> Batch:
+    """[B, ...] -> [pieces, B / pieces, ...]: microbatch j holds rows j, j + pieces, ..., so that no row changes its device."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        axes = jax.typeof(x).sharding.spec[1:]
+        tail = (*axes, *[None] * (x.ndim - 1 - len(axes)))
+        spec = type(jax.typeof(x).sharding.spec)(*rules.spec("batch"), None, *tail)
+        return jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:], out_sharding=spec), 1, 0)
+
+    return jax.tree.map(cut, batch)
+
+
+def is_trainable(experiment: Experiment) -> Callable[[Path], bool]:
+    """Which parameters are trained (and saved); decided once. Fixed statistics of the visual input travel with them."""
+    train = experiment.train
+
+    def trainable(path: Path) -> bool:
+        if train.trainable == "all" or path[0] == "projector":
+            return True
+        if train.trainable == "projector":
+            return False
+        whole_table = train.train_embed_tokens and path[-1] == "table"
+        return path[-1] in ("lora_a", "lora_b", "added") or whole_table
+
+    return trainable
+
+
+def make_step(
+    objective: Objective, experiment: Experiment, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+    """-> jitted (state, frozen, batch) -> (state, metrics); the state is donated. Dropout depends on (seed, step) alone."""
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
+        metrics, grads = objective.value_and_grad(state.trainable, frozen, batch, key)
+        grads, norm = clip(grads, experiment.optim.max_grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, opt_state), dataclasses.replace(metrics, grad_norm=norm)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(objective: Objective) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+    """-> jitted (trainable, frozen, batch) -> summed loss, count"""
+    return jax.jit(objective.evaluate)
