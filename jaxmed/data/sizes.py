@@ -1,0 +1,124 @@
+"""Sizes of texts and headers of token files, for all records at once, cached beside the records.
+
+Lengths are keyed by the records file's content, the tokenizer and the template; image tokens are counted apart, so that
+other token files or another projector do not cost a new tokenisation. Headers are keyed by each file's size and time.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxmed.data import cache
+from jaxmed.data.conversation import encode_training
+from jaxmed.data.embeddings import Header, read_header
+from jaxmed.data.records import Record
+from jaxmed.data.tokenizer import IGNORE, IMAGE_ID, Tokenizer
+from jaxmed.errors import UserError
+
+# Raise it when templates, masks or normalisation change what a text's sizes are.
+VERSION = "1"
+READERS = 8
+Progress = Callable[[int, int], None]
+"""Called with (records done, records)"""
+
+
+@dataclass(frozen=True)
+class TextSize:
+    length: int
+    """Tokens without the image places"""
+    supervised: int
+    places: int
+    """Image places"""
+    words: int
+    voided: str
+    """"" or why no token is supervised"""
+
+
+def measure(record: Record, tokenizer: Tokenizer, template: str) -> TextSize:
+    example = encode_training(record, tokenizer, template)
+    places = int((example.ids == IMAGE_ID).sum())
+    # Nothing comes before the first token, so a label there can never be asked for.
+    supervised = int((example.labels[1:] != IGNORE).sum())
+    voided = example.voided or ("" if supervised else "none of its tokens is supervised")
+    words = sum(len(turn.value.split()) for turn in record.turns)
+    return TextSize(len(example.ids) - places, supervised, places, words, voided)
+
+
+def text_sizes(
+    records: Sequence[Record], path: str, tokenizer: Tokenizer, template: str, progress: Progress | None = None
+) -> list[TextSize]:
+    """One TextSize a record, in their order."""
+    names = [VERSION, cache.file_digest(path), tokenizer.fingerprint, template]
+    key = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    stored = cache.read(path, "lengths", key)
+    if stored:
+        known = _unpack(stored)
+        if all(record.row in known for record in records):
+            return [known[record.row] for record in records]
+    sizes = []
+    for done, record in enumerate(records, 1):
+        sizes.append(measure(record, tokenizer, template))
+        if progress and (done % 256 == 0 or done == len(records)):
+            progress(done, len(records))
+    cache.write(path, "lengths", key, _pack(records, sizes))
+    return sizes
+
+
+def _pack(records: Sequence[Record], sizes: Sequence[TextSize]) -> dict[str, np.ndarray]:
+    numbers = [(r.row, s.length, s.supervised, s.places, s.words) for r, s in zip(records, sizes, strict=True)]
+    void = [(r.row, s.voided) for r, s in zip(records, sizes, strict=True) if s.voided]
+    return {
+        "numbers": np.array(numbers, np.int64).reshape(-1, 5),
+        "void_rows": np.array([row for row, _ in void], np.int64),
+        "void_reasons": np.array([reason for _, reason in void], np.str_),
+    }
+
+
+def _unpack(stored: dict[str, np.ndarray]) -> dict[int, TextSize]:
+    void = dict(zip(stored["void_rows"].tolist(), stored["void_reasons"].tolist(), strict=True))
+    return {row: TextSize(*sizes, void.get(row, "")) for row, *sizes in stored["numbers"].tolist()}
+
+
+def read_headers(paths: Sequence[str], records_path: str) -> dict[str, Header | UserError]:
+    """The header of each file, or what is wrong with it. Files whose size and time are as stored are not opened."""
+    paths = sorted(set(paths))
+    stored = _stored_headers(cache.read(records_path, "headers", VERSION))
+
+    def one(path: str) -> tuple[tuple[int, int], Header | UserError]:
+        try:
+            status = os.stat(path)
+            stamp = status.st_size, status.st_mtime_ns
+            if path in stored and stored[path][0] == stamp:
+                return stored[path]
+            return stamp, read_header(path)
+        except OSError:
+            return (0, 0), UserError(f"{path}: no such file; check the folder of the embeddings, or encode the volume")
+        except UserError as error:
+            return (0, 0), error
+
+    with ThreadPoolExecutor(READERS) as pool:
+        found = dict(zip(paths, pool.map(one, paths, chunksize=64), strict=True))
+    good = {path: entry for path, entry in found.items() if isinstance(entry[1], Header)}
+    if any(stored.get(path) != entry for path, entry in good.items()):
+        cache.write(records_path, "headers", VERSION, _pack_headers(good))
+    return {path: header for path, (_, header) in found.items()}
+
+
+def _pack_headers(entries: dict[str, tuple[tuple[int, int], Header]]) -> dict[str, np.ndarray]:
+    headers = [header for _, header in entries.values()]
+    return {
+        "stamps": np.array([stamp for stamp, _ in entries.values()], np.int64).reshape(-1, 2),
+        "shapes": np.array([header.shape for header in headers], np.int64).reshape(-1, 4),
+        "names": np.array([(h.path, h.dtype, h.key, h.encoder) for h in headers], np.str_).reshape(-1, 4),
+    }
+
+
+def _stored_headers(stored: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, int], Header]]:
+    if not stored:
+        return {}
+    rows = zip(stored["stamps"].tolist(), stored["shapes"].tolist(), stored["names"].tolist(), strict=True)
+    return {n[0]: (tuple(stamp), Header(n[0], tuple(shape), *n[1:])) for stamp, shape, n in rows}
