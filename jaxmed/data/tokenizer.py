@@ -83,6 +83,8 @@ def _add_listed(raw: tokenizers.Tokenizer, listed: dict[str, Any], folder: str) 
 
 def _load_raw(folder: str) -> tokenizers.Tokenizer:
     path = os.path.join(folder, "tokenizer.json")
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; give the one that holds tokenizer.json (--model.tokenizer or --model.base)")
     if not os.path.isfile(path):
         raise UserError(
             f"{folder}: has no tokenizer.json; a folder with tokenizer.model alone gets one from transformers: "
