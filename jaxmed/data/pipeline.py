@@ -1,7 +1,7 @@
 """Batches on the devices, by optimizer step: Grain threads build rows ahead, the last step here places them on the mesh.
 
 A process loads the rows whose shards its devices hold, as the sharding's own index map says: hosts that are joined by the
-context or tensor axis load the same rows. What is in a batch depends on the plan alone, never on the number of processes or threads.
+context or tensor axis load the same rows. What is in a batch depends on the plan alone, never on processes or threads.
 """
 
 import dataclasses

@@ -52,7 +52,7 @@ def text_sizes(
     records: Sequence[Record], path: str, tokenizer: Tokenizer, template: str, progress: Progress | None = None
 ) -> list[TextSize]:
     """One TextSize a record, in their order."""
-    names = [VERSION, cache.file_digest(path), tokenizer.fingerprint, template]
+    names = [VERSION, cache.file_digest(path), tokenizer.fingerprint, str(tokenizer.legacy), template]
     key = hashlib.sha256("\n".join(names).encode()).hexdigest()
     stored = cache.read(path, "lengths", key)
     if stored:
