@@ -9,8 +9,8 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from datasets import GOLDEN, GRIDS, VISUAL, make_experiment, make_records, make_tokenizer, make_volumes
 from jax.sharding import AbstractMesh
+from small_data import GOLDEN, GRIDS, VISUAL, make_experiment, make_records, make_tokenizer, make_volumes
 
 from jaxmed.config import MeshConfig, VisualConfig
 from jaxmed.data import sizes as sizes_module
