@@ -1,0 +1,185 @@
+"""What a folder is, and the experiment that an upstream LoRA folder describes.
+
+Told from files and tensors, never from the folder's name. What no file stores comes from the defaults handed in.
+"""
+
+import dataclasses
+import os
+from typing import Any, Literal
+
+from jaxmed.checkpoint.hf_config import decoder_config, decoder_of, read_config
+from jaxmed.checkpoint.hf_io import MODEL_FILES, TensorFolder, open_folder, read_json
+from jaxmed.checkpoint.hf_tables import ATTENTION, EMBED, MLP, PROJECTOR, canonical_names
+from jaxmed.config import DecoderConfig, Experiment, LoraConfig, ProjectorConfig, VisualConfig
+from jaxmed.errors import UserError
+
+FolderKind = Literal["run", "hf", "llava_lora", "peft", "mm_projector"]
+
+KINDS: dict[FolderKind, str] = {
+    "run": "a run of jaxmed (config.json and checkpoints/)",
+    "hf": "a Hugging Face language model (config.json with a model_type, and its weights)",
+    "llava_lora": "an upstream LoRA folder (adapter_config.json, adapter_model, config.json with mm_* fields)",
+    "peft": "a PEFT adapter (adapter_config.json and adapter_model)",
+    "mm_projector": "a projector alone (mm_projector.bin)",
+}
+
+# BTB3D's tokens in the order in which its training adds them, for a folder that came without its tokenizer.
+BTB3D_TOKENS = ("<pad>", "<multiple_choice>", "<long_answer>", "<short_answe>", "<report_generation>", "<im_patch>")
+
+# adapter_config.json fields that change the mathematics, with the only values that are computed here.
+_PLAIN_LORA = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "use_rslora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": (None,),
+    "layer_replication": (None,),
+    "lora_bias": (False, None),
+}
+
+
+def detect(path: str) -> FolderKind:
+    """What a folder (or a single projector file) is. UserError if it is nothing that is known."""
+    if os.path.isfile(path):
+        names = canonical_names(open_folder(path).names(), path)
+        if names and all(name.startswith(PROJECTOR) for name in names):
+            return "mm_projector"
+        raise UserError(f"{path}: a single file is read only where it holds a projector (mm_projector.bin); give the folder")
+    if not os.path.isdir(path):
+        raise UserError(f"{path}: no such folder (jaxmed downloads nothing; give the path of a folder on this machine)")
+    present = set(os.listdir(path))
+    config = read_config(path) if "config.json" in present else {}
+    if {"model", "visual", "train"} <= set(config):
+        if "checkpoints" in present:
+            return "run"
+        raise UserError(f"{path}: is a run that has saved no checkpoint yet; go on with it by `jaxmed train ... --out {path}`")
+    if "adapter_config.json" in present:
+        return "llava_lora" if any(key.startswith("mm_") for key in config) else "peft"
+    if "model_type" in config and (present & set(MODEL_FILES) or any(name.endswith(".safetensors") for name in present)):
+        return "hf"
+    if "mm_projector.bin" in present:
+        return "mm_projector"
+    nested = sorted(name for name in present if name.startswith("checkpoint-"))
+    if nested:
+        raise UserError(f"{path}: holds {', '.join(nested)} but no model of its own; give the folder of one of them")
+    raise UserError(f"{path}: is none of {'; '.join(KINDS.values())}")
+
+
+def llava_experiment(folder: str, base: str, defaults: Experiment) -> Experiment:
+    """The experiment of an upstream LoRA folder over a base: all that its files say, the rest from `defaults`.
+
+    `base` "": the folder that adapter_config.json names, where it is on this machine.
+    """
+    config, adapter = read_config(folder), read_json(os.path.join(folder, "adapter_config.json"))
+    base = base or _base_of(folder, adapter)
+    decoder = decoder_of(base)
+    _check_same_model(decoder, decoder_config(config, os.path.join(folder, "config.json")), base, folder)
+    tensors = open_folder(folder)
+    names = canonical_names(tensors.names(), folder)
+    added = added_tokens(folder, decoder.vocab, config.get("vocab_size", decoder.vocab))
+    model = dataclasses.replace(
+        defaults.model,
+        decoder=decoder,
+        projector=_projector(config, names, tensors, defaults.model.projector),
+        base=base,
+        adapter=folder,
+        tokenizer=folder if os.path.exists(os.path.join(folder, "tokenizer.json")) else defaults.model.tokenizer,
+        added_tokens=added,
+    )
+    return dataclasses.replace(
+        defaults,
+        model=model,
+        visual=_visual(config, folder, defaults.visual),
+        lora=lora_config(adapter, folder),
+        train=dataclasses.replace(defaults.train, train_embed_tokens=EMBED in names),
+    )
+
+
+def _base_of(folder: str, adapter: dict[str, Any]) -> str:
+    named = adapter.get("base_model_name_or_path") or ""
+    places = [named, os.path.join(folder, named)] if named else []
+    found = next((place for place in places if os.path.exists(os.path.join(place, "config.json"))), "")
+    if not found:
+        raise UserError(f"{folder}: its base model {named!r} is not on this machine; give its folder with --base")
+    return found
+
+
+def _check_same_model(base: DecoderConfig, adapter: DecoderConfig, base_folder: str, folder: str) -> None:
+    """The adapter's config repeats its base's; another base would load without an error where the sizes happen to agree."""
+    free = ("vocab", "max_positions", "initializer_range")
+    fields = [field.name for field in dataclasses.fields(DecoderConfig) if field.name not in free]
+    other = [name for name in fields if getattr(base, name) != getattr(adapter, name)]
+    if other:
+        pairs = ", ".join(f"{name} {getattr(adapter, name)} against {getattr(base, name)}" for name in other)
+        raise UserError(f"{folder}: was not trained on the base {base_folder}: {pairs}; give the right one with --base")
+
+
+def lora_config(adapter: dict[str, Any], folder: str) -> LoraConfig:
+    """LoRA's settings from adapter_config.json; variants that compute something else are refused."""
+    where = os.path.join(folder, "adapter_config.json")
+    for name, known in _PLAIN_LORA.items():
+        if adapter.get(name, known[0]) not in known:
+            raise UserError(f"{where}: {name} is {adapter[name]!r}; plain LoRA ({name} {known[0]!r}) is supported")
+    modules = {theirs: ours for ours, theirs in (ATTENTION | MLP).items()}
+    named = adapter.get("target_modules")
+    if not isinstance(named, list) or not named:
+        raise UserError(f"{where}: target_modules is {named!r}, a list of module names is needed")
+    last = {name.rsplit(".", 1)[-1] for name in named}
+    unknown = sorted(last - set(modules))
+    if unknown:
+        raise UserError(f"{where}: target_modules has {', '.join(unknown)}; known are {', '.join(modules)}")
+    missing = [name for name in ("r", "lora_alpha") if not isinstance(adapter.get(name), int | float)]
+    if missing:
+        raise UserError(f"{where}: has no {' and no '.join(missing)}")
+    return LoraConfig(
+        rank=adapter["r"],
+        alpha=float(adapter["lora_alpha"]),
+        dropout=float(adapter.get("lora_dropout", 0.0)),
+        targets=tuple(ours for theirs, ours in modules.items() if theirs in last),
+    )
+
+
+def added_tokens(folder: str, base_vocab: int, vocab: int) -> tuple[str, ...]:
+    """Tokens beyond the base's vocabulary, from the folder's tokenizer; without one, BTB3D's list if the number fits.
+
+    `vocab`: rows that the folder's config.json counts.
+    """
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.exists(path):
+        count = vocab - base_vocab
+        if not 0 <= count <= len(BTB3D_TOKENS):
+            raise UserError(
+                f"{folder}: has {count} tokens beyond its base's and no tokenizer.json that names them; copy it there"
+            )
+        return BTB3D_TOKENS[:count]
+    tokens = {entry["id"]: entry["content"] for entry in read_json(path).get("added_tokens", []) if entry["id"] >= base_vocab}
+    if sorted(tokens) != list(range(base_vocab, base_vocab + len(tokens))):
+        raise UserError(f"{path}: added tokens have the ids {sorted(tokens)}, the base ends at {base_vocab - 1}; another base?")
+    if base_vocab + len(tokens) != vocab:
+        raise UserError(
+            f"{path}: has {len(tokens)} tokens beyond the base's {base_vocab}, config.json counts {vocab} in all; "
+            "is it the right base, and the tokenizer of this folder?"
+        )
+    return tuple(tokens[i] for i in sorted(tokens))
+
+
+def _projector(
+    config: dict[str, Any], names: dict[str, str], tensors: TensorFolder, defaults: ProjectorConfig
+) -> ProjectorConfig:
+    """The kind from config.json; whether the attention pool is in use, and its queries, from the tensors."""
+    query = names.get(f"{PROJECTOR}attn_pool.query", "")
+    projector = dataclasses.replace(defaults, kind=config.get("mm_projector_type", "linear"), bypass_pool=not query)
+    return dataclasses.replace(projector, pool_queries=tensors.shape(query)[0]) if query else projector
+
+
+def _visual(config: dict[str, Any], folder: str, defaults: VisualConfig) -> VisualConfig:
+    """Features of a token from config.json. 72 are BTB3D's 18 code bits of 2 x 2 neighbours, merged when a file is read."""
+    features = config.get("mm_hidden_size")
+    if not isinstance(features, int) or features < 1:
+        raise UserError(f"{os.path.join(folder, 'config.json')}: mm_hidden_size is {features!r}, a number is needed")
+    merge = {18: (1, 1, 1), 72: (1, 2, 2)}.get(features, defaults.merge if features == defaults.features else (1, 1, 1))
+    kind = "embeddings" if defaults.kind == "none" else defaults.kind
+    return dataclasses.replace(defaults, kind=kind, features=features, merge=merge, norm=False, positions=False)
