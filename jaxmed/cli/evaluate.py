@@ -12,6 +12,7 @@ import rich.markup
 import tyro
 from rich.table import Table
 
+from jaxmed.cli import common
 from jaxmed.data.records import load_records
 from jaxmed.data.volumes import Override
 from jaxmed.errors import BadRecords, UserError
@@ -118,5 +119,5 @@ def _print(scores: scoring.Scores, notices: list[str], out: Path) -> None:
 
 
 def run(argv: list[str]) -> int:
-    evaluate(tyro.cli(Args, args=argv, prog="jaxmed evaluate", description=HELP))
+    evaluate(common.parse(Args, argv, prog="jaxmed evaluate", description=HELP))
     return 0

@@ -1,0 +1,150 @@
+"""The page of `jaxmed preview`: chosen training samples as the model gets them, tokens, labels and volumes, and what
+training will make of the whole file.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmed.config import Experiment
+from jaxmed.data import haar
+from jaxmed.data.conversation import encode_training
+from jaxmed.data.metadata import Metadata
+from jaxmed.data.tokenizer import Tokenizer
+from jaxmed.data.volumes import Override
+from jaxmed.errors import Problem, UserError
+from jaxmed.report import page, token_panel, volume_panel
+from jaxmed.report.slices import VolumeFolder
+from jaxmed.report.survey import Row, Survey
+
+LISTED = 30
+"""Problems that the page lists by name"""
+
+
+@dataclass(frozen=True)
+class Volumes:
+    folder: VolumeFolder
+    metadata: Metadata | None
+    hu: Override
+
+
+def choose(found: Survey, wanted: tuple[int, ...], count: int, seed: int) -> list[Row]:
+    """The rows that the page shows: those asked for by their index in the file, else `count` of them by lot."""
+    by_index = {row.record.row: row for row in found.rows}
+    broken = [row for row in wanted if row not in by_index]
+    if broken:
+        total = len(found.rows) + len(found.unreadable)
+        reason = "cannot be read as a record" if 0 <= broken[0] < total else f"does not exist, the file has {total} records"
+        raise UserError(f"--rows: record {broken[0]} {reason}; give rows from 0 to {total - 1}")
+    if wanted:
+        return [by_index[row] for row in wanted]
+    picks = np.random.default_rng(seed).permutation(len(found.rows))[:count]
+    return [found.rows[i] for i in sorted(picks)]
+
+
+def _volume(image: str, volumes: Volumes, experiment: Experiment) -> dict[str, Any]:
+    path = volumes.folder.find(image)
+    if not path:
+        return {"panels": [], "fault": "", "missing": f"{image} is not in {volumes.folder.folder}."}
+    try:
+        shown, fault = volume_panel.panels(path, volumes.metadata, volumes.hu, experiment.encode)
+    except UserError as error:
+        return {"panels": [], "fault": str(error), "missing": ""}
+    return {"panels": shown, "fault": fault, "missing": ""}
+
+
+def _parts(row: Row, limit: int) -> list[dict[str, Any]]:
+    """Shares of the row's bucket in percent: image, context, supervised, padding."""
+    whole = max(row.bucket or row.length, 1)
+    image = sum(row.places[: row.text.places])
+    counts = {"image": image, "context": row.text.length - row.text.supervised, "supervised": row.text.supervised}
+    counts["padding"] = max(row.bucket - row.length, 0)
+    return [{"kind": kind, "count": n, "share": 100 * n / whole} for kind, n in counts.items() if n]
+
+
+def _sample(row: Row, experiment: Experiment, tokenizer: Tokenizer, volumes: Volumes | None) -> dict[str, Any]:
+    data = experiment.data
+    example = encode_training(row.record, tokenizer, data.template)
+    images = list(zip(row.record.images, row.places, strict=True))
+    signature = haar.signature(experiment.encode)
+    other = next((h.encoder for h in row.headers if h.encoder and h.encoder != signature), "")
+    return {
+        "row": row.record.row,
+        "id": row.record.id,
+        "images": ", ".join(row.record.images),
+        "bucket": row.bucket,
+        "length": row.length,
+        "supervised": row.text.supervised,
+        "faults": row.faults,
+        "voided": row.text.voided,
+        "runs": token_panel.runs(example, tokenizer, images, data.buckets[-1]),
+        "parts": _parts(row, data.buckets[-1]),
+        "assumed": bool(row.record.images) and not row.headers,
+        "volumes": [_volume(image, volumes, experiment) for image in row.record.images] if volumes else [],
+        "other_encoder": other if volumes else "",
+    }
+
+
+def _buckets(found: Survey, experiment: Experiment) -> list[dict[str, Any]]:
+    """One line a bucket: how many samples go there, and how full they make it."""
+    usable = [row for row in found.rows if not row.faults and not row.text.voided]
+    counts = Counter(row.bucket for row in usable)
+    lines = []
+    for bucket in experiment.data.buckets:
+        lengths = [row.length for row in usable if row.bucket == bucket]
+        full = float(np.mean(lengths)) / bucket if lengths else 0.0
+        lines.append({"bucket": bucket, "count": counts[bucket], "share": counts[bucket] / max(len(usable), 1), "full": full})
+    return lines
+
+
+def _listed(problems: list[Problem]) -> dict[str, Any]:
+    return {"count": len(problems), "lines": [str(p) for p in problems[:LISTED]], "more": max(len(problems) - LISTED, 0)}
+
+
+def write_page(
+    path: str | Path,
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    found: Survey,
+    rows: list[Row],
+    volumes: Volumes | None,
+    values: list[Problem] | None,
+    config: str,
+) -> None:
+    """`values`: what check_values found, None where it was not asked for; `config`: how the config was named."""
+    data = experiment.data
+    usable = [row for row in found.rows if not row.faults and not row.text.voided]
+    facts = [
+        ("Config", config),
+        ("Records", data.records),
+        ("Template", data.template),
+        ("Tokenizer", experiment.model.tokenizer or experiment.model.base),
+        ("Buckets", ", ".join(f"{bucket:,}" for bucket in data.buckets)),
+    ]
+    facts += [("Token files", data.embeddings)] if data.embeddings else []
+    facts += [("Encoder", found.encoder or "unsigned")] if data.embeddings else []
+    notices = []
+    if any(row.record.images for row in rows) and not data.embeddings and experiment.visual.kind != "none":
+        notices.append("Without --data.embeddings every image counts as the largest that the config allows.")
+    page.write(
+        path,
+        "preview.jinja",
+        title=f"Preview of {Path(data.records).name}",
+        subtitle="What the model is given, and what it is trained to say.",
+        facts=facts,
+        notices=notices,
+        samples=[_sample(row, experiment, tokenizer, volumes) for row in rows],
+        usable=len(usable),
+        total=len(found.rows) + len(found.unreadable),
+        supervised=round(float(np.median([row.text.supervised for row in usable]))) if usable else 0,
+        length=round(float(np.median([row.length for row in usable]))) if usable else 0,
+        buckets=_buckets(found, experiment),
+        refused=_listed(found.refused),
+        voided=_listed(found.voided),
+        values=None if values is None else _listed(values),
+        conversation=data.template,
+        hu_range=experiment.encode.hu_range,
+    )
