@@ -1,0 +1,178 @@
+"""Checkpoints of a run: Orbax, written in the background, `checkpoints/STEP/` with three items.
+
+- `trainable`, `opt`: flat dicts {path: array}, paths as `decoder/blocks/attn/q/lora_a`; any mesh restores what any mesh saved.
+- `meta`: JSON with the step, the resolved config, the base's path and fingerprint, the encoder of the tokens.
+
+A folder gets its final name when it is complete: whatever has a number for a name can be relied on, short of a broken disk.
+"""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from jaxmed.distributed import all_agree, barrier, is_first
+from jaxmed.errors import UserError
+from jaxmed.types import TrainState
+
+FOLDER = "checkpoints"
+ITEMS = ("trainable", "opt", "meta")
+_FULL = re.compile(r"No space left on device|ENOSPC|RESOURCE_EXHAUSTED.*disk|Disk quota exceeded", re.IGNORECASE)
+
+
+class Checkpoints:
+    """The checkpoints of one run, for writing. All processes call every method together."""
+
+    def __init__(self, run: str, keep: int):
+        self.folder = os.path.abspath(os.path.join(run, FOLDER))
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep or None, create=True, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+        except (OSError, ValueError) as error:
+            raise disk_error(error, self.folder) from error
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Copies the state off the devices and returns; the writing goes on in the background."""
+        args = ocp.args.Composite(
+            trainable=ocp.args.StandardSave(named(state.trainable)),
+            opt=ocp.args.StandardSave(named(state.opt_state)),
+            meta=ocp.args.JsonSave(meta),
+        )
+        try:
+            self._manager.save(meta["step"], args=args, force=True)
+        except Exception as error:  # an earlier save's error comes out here too
+            raise disk_error(error, self.folder) from error
+
+    def restore(self, abstract: TrainState, notice: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that can be read; those that cannot are moved aside, each with a notice."""
+        for step in reversed(complete_steps(self.folder)):
+            try:
+                found = self._read(step, abstract)
+                error = ""
+            except UserError:  # it can be read and is of another model: nothing is damaged
+                raise
+            except Exception as caught:  # whatever a damaged file raises in Orbax, tensorstore or json
+                found, error = None, caught
+            if all_agree(found is not None):
+                return found
+            self._set_aside(step)
+            first_line = (str(error).splitlines() or ["unreadable in another process"])[0][:200]
+            notice(f"checkpoint {step} cannot be read and was renamed to damaged-{step} ({first_line}); going back to the one before")
+        return None
+
+    def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        meta = read_meta(self.folder, step)
+        path = os.path.join(self.folder, str(step))
+        trainable = restore_named(os.path.join(path, "trainable"), abstract.trainable)
+        opt_state = restore_named(os.path.join(path, "opt"), abstract.opt_state)
+        count = jax.device_put(jnp.int32(meta["step"]), abstract.step.sharding)
+        return TrainState(count, trainable, opt_state), meta
+
+    def _set_aside(self, step: int) -> None:
+        if is_first():
+            place, number = os.path.join(self.folder, f"damaged-{step}"), 1
+            while os.path.exists(place):
+                number += 1
+                place = os.path.join(self.folder, f"damaged-{step}-{number}")
+            os.rename(os.path.join(self.folder, str(step)), place)
+        barrier(f"set-aside-{step}")
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Until the last save is on disk; its errors come out here."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise disk_error(error, self.folder) from error
+
+    def close(self) -> None:
+        """Frees Orbax's threads. Errors of a pending save are `wait`'s to tell."""
+        self._manager.close()
+
+
+def complete_steps(folder: str) -> list[int]:
+    """Steps of the complete checkpoints in `RUN/checkpoints`, ascending."""
+    if not os.path.isdir(folder):
+        return []
+    return sorted(int(name) for name in os.listdir(folder) if name.isdecimal())
+
+
+def newest(run: str) -> int:
+    """The newest complete step of a run. UserError if it has none."""
+    steps = complete_steps(os.path.join(run, FOLDER))
+    if not steps:
+        raise UserError(f"{run}: no complete checkpoint in {FOLDER}/; train until the first one is saved (--train.save-every)")
+    return steps[-1]
+
+
+def read_meta(folder: str, step: int) -> dict[str, Any]:
+    """The metadata of a checkpoint in `RUN/checkpoints`."""
+    with open(os.path.join(folder, str(step), "meta", "metadata"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def restore_trainable(run: str, step: int, abstract: Any) -> Any:
+    """The trainable half of a checkpoint as the tree `abstract` (ShapeDtypeStructs with shardings), whose paths it must have."""
+    path = os.path.abspath(os.path.join(run, FOLDER, str(step), "trainable"))
+    try:
+        return restore_named(path, abstract)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: cannot be read ({(str(error).splitlines() or [''])[0][:300]})") from error
+
+
+def trainable_shapes(run: str, step: int) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of what a checkpoint's trainable half holds."""
+    path = os.path.abspath(os.path.join(run, FOLDER, str(step), "trainable"))
+    with ocp.StandardCheckpointer() as reader:
+        try:
+            return _shapes(reader, path)
+        except Exception as error:
+            raise UserError(f"{path}: cannot be read ({(str(error).splitlines() or [''])[0][:300]})") from error
+
+
+def _shapes(reader: ocp.StandardCheckpointer, path: str) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in reader.metadata(path).item_metadata.tree.items()}
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """A tree as a flat dict; list indices and integer keys become text."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def restore_named(path: str, abstract: Any) -> Any:
+    """What `named` saved, as the tree `abstract`. UserError where it holds other names or shapes."""
+    wanted = named(abstract)
+    with ocp.StandardCheckpointer() as reader:
+        saved = _shapes(reader, path)
+        shapes = {name: tuple(leaf.shape) for name, leaf in wanted.items()}
+        differ = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
+        if differ:
+            one = f"{differ[0]}: {saved.get(differ[0], 'absent')} there, {shapes.get(differ[0], 'absent')} in this model"
+            raise UserError(f"{path}: is of another model; {len(differ)} arrays differ, the first {one}")
+        found = reader.restore(path, wanted)
+    structure = jax.tree.structure(abstract)
+    return structure.unflatten([found[name] for name in named(abstract)])
+
+
+def disk_error(error: BaseException, folder: str) -> BaseException:
+    """A full disk as one line; any other error as it is."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if (isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT)) or _FULL.search(str(seen)):
+            steps = complete_steps(folder)
+            kept = f"checkpoint {steps[-1]} is complete" if steps else "no checkpoint is complete yet"
+            return UserError(f"{folder}: the disk is full; {kept}. Free some space and run the same command again to go on")
+        seen = seen.__cause__ or seen.__context__
+    return error
