@@ -91,5 +91,4 @@ def supervised(
     for counted in rule(prompt, template, encode, prefix, legacy):
         mask[cursor : cursor + counted.instruction] = False
         cursor += counted.total
-    mask[cursor:] = False
     return mask, cursor

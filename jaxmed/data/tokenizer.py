@@ -20,8 +20,8 @@ from jaxmed.errors import UserError
 IMAGE_ID = -200
 IGNORE = -100
 
-# Text split at special tokens may be tokenised piece by piece if nothing looks beyond a piece: no normalizer, and
-# pre-tokenizers out of this list ("first piece of the text" rules, as Metaspace has one, do look beyond).
+# The library normalises and cuts each piece between special tokens by itself. Only a pre-tokenizer that treats the first
+# piece of a text differently (Metaspace with "first") looks beyond its piece; these do not.
 _LOCAL_PRETOKENIZERS = {"Sequence", "Split", "ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"}
 _CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
@@ -232,7 +232,7 @@ def _is_local(raw: tokenizers.Tokenizer) -> bool:
     kinds |= {inner["type"] for state in states for inner in state.get("pretokenizers", ())}
     specs = raw.get_added_tokens_decoder().values()
     plain = all(not (spec.lstrip or spec.rstrip or spec.single_word) for spec in specs)
-    return raw.normalizer is None and kinds <= _LOCAL_PRETOKENIZERS and plain
+    return kinds <= _LOCAL_PRETOKENIZERS and plain
 
 
 def _encoder(raw: tokenizers.Tokenizer) -> Callable[[str], list[int]]:

@@ -23,7 +23,7 @@ from jaxmed.data.conversation import (
     required_tokens,
     strip_terminal,
 )
-from jaxmed.data.records import load_records, record_from_dict
+from jaxmed.data.records import Record, Turn, load_records, record_from_dict
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.errors import UserError
 
@@ -234,6 +234,10 @@ def test_text_only_records_are_taken_as_they_are():
     assert IMAGE_ID not in example.ids
     assert " What is a hernia? <|eot_id|>" in tokenizer.decode(example.ids)
     assert supervised_text(example, tokenizer) == "Sliding.<|eot_id|>"
+    spelled = Record("x", (), (Turn("human", "What is <image> ?"), Turn("gpt", "A place.")))
+    example = encode_training(spelled, tokenizer, "llama3")
+    assert IMAGE_ID not in example.ids
+    assert "What is <image>?" in tokenizer.decode(example.ids)
 
 
 @pytest.mark.parametrize("bos", [True, False])

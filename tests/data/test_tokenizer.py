@@ -1,6 +1,7 @@
 """The tokenizer wrapper against transformers, recorded strings of the original system, and tiktoken's Llama 3."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def test_decoded_strings_of_the_original_system():
 def test_clean_up_is_literal():
     text = "Yes , it 's , I 'm , we 've , they 're . do n't isn 't ' x ' ? ! <|eot_id|> ."
     assert clean_up(text) == "Yes, it's, I'm, we've, they're. don't isn 't'x '?! <|eot_id|>."
+    assert clean_up("x ' n't ' s") == "x'n't's"
+
+
+def test_clean_up_is_that_of_transformers():
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast.from_pretrained(ADAPTER)
+    draw = random.Random(5)
+    for _ in range(300):
+        text = "".join(draw.choices([" ", "'", "n't", "m", "s", "ve", "re", ".", ",", "?", "!", "x"], k=14))
+        assert clean_up(text) == theirs.clean_up_tokenization(text)
 
 
 def test_clean_up_follows_the_folder(tmp_path):
@@ -86,7 +98,23 @@ def test_clean_up_follows_the_folder(tmp_path):
     assert on.fingerprint != off.fingerprint
 
 
-PIECES = ["<|eot_id|>", "<pad>", "<short_answe>", "<short_answe", "\n", "\n\n", " ", "  ", "lung", " lung", "'s", "9", "é😀"]
+PIECES = [
+    "<|eot_id|>",
+    "<pad>",
+    "<pad>lung",
+    "</s>",
+    "<short_answe>",
+    "<short_answe",
+    "\n",
+    "\n\n",
+    " ",
+    "  ",
+    "lung",
+    " lung",
+    "'s",
+    "9",
+    "é😀",
+]
 
 
 @settings(max_examples=150, deadline=None)
