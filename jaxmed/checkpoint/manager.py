@@ -66,7 +66,9 @@ class Checkpoints:
                 return found
             self._set_aside(step)
             first_line = (str(error).splitlines() or ["unreadable in another process"])[0][:200]
-            notice(f"checkpoint {step} cannot be read and was renamed to damaged-{step} ({first_line}); going back to the one before")
+            notice(
+                f"checkpoint {step} cannot be read and was renamed to damaged-{step} ({first_line}); going back to the one before"
+            )
         return None
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -129,6 +131,20 @@ def restore_trainable(run: str, step: int, abstract: Any) -> Any:
         raise
     except Exception as error:
         raise UserError(f"{path}: cannot be read ({(str(error).splitlines() or [''])[0][:300]})") from error
+
+
+def restore_part(run: str, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Some arrays {path: array} of a checkpoint's trainable half, in the dtypes and shardings of `wanted`."""
+    path = os.path.abspath(os.path.join(run, FOLDER, str(step), "trainable"))
+    abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
+    args = ocp.args.PyTreeRestore(
+        item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        try:
+            return reader.restore(path, args=args)
+        except Exception as error:
+            raise UserError(f"{path}: cannot be read ({(str(error).splitlines() or [''])[0][:300]})") from error
 
 
 def trainable_shapes(run: str, step: int) -> dict[str, tuple[int, ...]]:

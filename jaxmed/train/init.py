@@ -1,0 +1,147 @@
+"""From a config to a model on a mesh: structure, shapes, shardings, and the values to start from.
+
+Outside modules parameters are nested dicts. They are split once, by path, into a trainable half (float32, saved) and a frozen
+half (`model.dtype`, never saved). Values come, the later over the earlier, from initialisation under one jit (the same on any
+mesh), from the base folder, from `model.adapter`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxmed.checkpoint.adapter import overlay_runs, upstream_sources
+from jaxmed.checkpoint.hf_io import open_folder
+from jaxmed.checkpoint.hf_tables import decoder_rows
+from jaxmed.checkpoint.load import read_params
+from jaxmed.config import Experiment
+from jaxmed.errors import UserError
+from jaxmed.models.vlm import Vlm
+from jaxmed.sharding import Rules, check_divisible, replicated, rules_for, state_specs, to_shardings
+from jaxmed.train.optim import Path
+from jaxmed.train.step import is_trainable
+from jaxmed.types import TrainState
+
+Leaves = dict[Path, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """A model that has no values yet."""
+
+    experiment: Experiment
+    mesh: Mesh
+    rules: Rules
+    graphdef: nnx.GraphDef
+    trainable: Any
+    """Nested dict of jax.ShapeDtypeStruct with shardings, float32"""
+    frozen: Any
+    """The same in `model.dtype`"""
+
+
+def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
+    """Structure, shapes, dtypes and shardings; no memory is taken. The mesh must be entered."""
+    check_divisible(experiment, dict(mesh.shape))
+    rules = rules_for(experiment, dict(mesh.shape))
+    graphdef, state = nnx.split(jax.eval_shape(lambda: _model(experiment)))
+    shardings = to_shardings(state_specs(state, rules), mesh)
+    trains = is_trainable(experiment)
+    frozen_dtype = jnp.dtype(experiment.model.dtype)
+
+    def describe(path: Path, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if trains(path) else frozen_dtype, sharding=sharding)
+
+    placed = flatten(shardings)
+    leaves = {path: describe(path, leaf, placed[path]) for path, leaf in flatten(nnx.to_pure_dict(state)).items()}
+    trainable = {path: leaf for path, leaf in leaves.items() if trains(path)}
+    if not trainable:
+        raise UserError("nothing would be trained; set lora.rank above 0, or train.trainable to projector or all")
+    frozen = {path: leaf for path, leaf in leaves.items() if not trains(path)}
+    return Blueprint(experiment, mesh, rules, graphdef, unflatten(trainable), unflatten(frozen))
+
+
+def start(plan: Blueprint) -> tuple[Any, Any]:
+    """-> trainable, frozen: the values of a run that has no checkpoint yet."""
+    trainable = set(flatten(plan.trainable))
+    values = materialise(plan.experiment, flatten(plan.trainable) | flatten(plan.frozen), complete=True)
+    halves = ({p: x for p, x in values.items() if (p in trainable) == wanted} for wanted in (True, False))
+    trained, frozen = (unflatten(half) for half in halves)
+    return trained, frozen
+
+
+def frozen_half(plan: Blueprint) -> Any:
+    """The frozen half alone, as `start` gave it: what a checkpoint leaves out."""
+    return unflatten(materialise(plan.experiment, flatten(plan.frozen), complete=False))
+
+
+def materialise(experiment: Experiment, leaves: Leaves, complete: bool) -> Leaves:
+    """Arrays for a model's parameters, or for some of them (`complete` False)."""
+    model = experiment.model
+    read: Leaves = {}
+    if model.base:
+        rows = decoder_rows(model.decoder, len(model.added_tokens))
+        more_rows, more_sources, covers = upstream_sources(experiment)
+        wanted = {path: leaf for path, leaf in leaves.items() if is_base(path) or covers(path)}
+        read = flatten(read_params(rows + more_rows, [open_folder(model.base), *more_sources], unflatten(wanted), partial=True))
+    fresh = initialised(experiment, {path: leaf for path, leaf in leaves.items() if path not in read})
+    return overlay_runs(experiment, read | fresh, complete)
+
+
+def is_base(path: Path) -> bool:
+    """Whether a language model's own folder holds the parameter; rows of added tokens start from its mean."""
+    return path[0] == "decoder" and path[-1] not in ("lora_a", "lora_b")
+
+
+def initialised(experiment: Experiment, leaves: Leaves) -> Leaves:
+    """Fresh values, under one jit: each device makes its own shards, and what is not asked for is never made."""
+    if not leaves:
+        return {}
+
+    def make() -> list[jax.Array]:
+        values = flatten(nnx.to_pure_dict(nnx.split(_model(experiment))[1]))
+        return [values[path].astype(leaf.dtype) for path, leaf in leaves.items()]
+
+    arrays = jax.jit(make, out_shardings=[leaf.sharding for leaf in leaves.values()])()
+    return dict(zip(leaves, arrays, strict=True))
+
+
+def _model(experiment: Experiment) -> Vlm:
+    return Vlm(experiment, jax.random.key(experiment.train.seed), split=False)
+
+
+def abstract_state(plan: Blueprint, init: Callable[[Any], Any]) -> TrainState:
+    """Shapes and shardings of the train state; `init` is the optimizer's. Its moments lie as their parameters do."""
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = replicated(plan.mesh, len(leaf.shape))
+        if leaf.sharding is not None:
+            sharding = jax.sharding.NamedSharding(plan.mesh, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    opt_state = jax.tree.map(place, jax.eval_shape(init, plan.trainable))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(plan.mesh))
+    return TrainState(step, plan.trainable, opt_state)
+
+
+def flatten(tree: Mapping[Any, Any], above: Path = ()) -> Leaves:
+    """Nested dict -> {path: leaf}"""
+    leaves: Leaves = {}
+    for name, value in tree.items():
+        path = (*above, name)
+        leaves |= flatten(value, path) if isinstance(value, dict) else {path: value}
+    return leaves
+
+
+def unflatten(leaves: Leaves) -> dict[Any, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[Any, Any] = {}
+    for path, leaf in leaves.items():
+        place = tree
+        for name in path[:-1]:
+            place = place.setdefault(name, {})
+        place[path[-1]] = leaf
+    return tree
