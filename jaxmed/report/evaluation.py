@@ -149,7 +149,8 @@ def _tables(extra: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     tables = []
     for title, rows in extra.items():
         columns = list(dict.fromkeys(c for row in rows.values() if isinstance(row, Mapping) for c in row))
-        values = {name: row if isinstance(row, Mapping) else {"": row} for name, row in rows.items()}
+        first = (columns or [""])[0]  # a lone figure stands in the first column
+        values = {name: row if isinstance(row, Mapping) else {first: row} for name, row in rows.items()}
         cells = {name: [cell(row.get(column)) for column in columns or [""]] for name, row in values.items()}
         tables.append({"title": title, "columns": columns, "rows": cells})
     return tables

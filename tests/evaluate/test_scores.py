@@ -10,7 +10,23 @@ import sacrebleu
 from jaxmed.evaluate import scores, text
 from jaxmed.evaluate.studies import Study
 
-WORDS = "no small nodule effusion in the right left lower upper lobe is observed heart size normal .".split()
+WORDS = [
+    "no",
+    "small",
+    "nodule",
+    "effusion",
+    "in",
+    "the",
+    "right",
+    "left",
+    "lower",
+    "lobe",
+    "is",
+    "heart",
+    "size",
+    "normal",
+    ".",
+]
 
 
 def made_up(count, seed, error):

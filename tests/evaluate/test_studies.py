@@ -23,7 +23,9 @@ RECORDS = [
     record("q_8", "scan_8.nii.gz", "<image>\nNodule?", "Yes.", "Where?", "Left.", "Size?"),
 ]
 ANSWERS = [
-    element("q_8", "scan_8.nii_embedded.npz", ("<image>\nNodule?", "No.<|eot_id|>"), ("Where?", "Right </s>"), ("Size?", "9 mm")),
+    element(
+        "q_8", "scan_8.nii_embedded.npz", ("<image>\nNodule?", "No.<|eot_id|>"), ("Where?", "Right </s>"), ("Size?", "9 mm")
+    ),
     element("r_3", "scan_3.nii_embedded.npz", ("<image>\nReport?", "Clear. <|eot_id|> \n<|end_of_text|>\n")),
 ]
 
@@ -89,7 +91,7 @@ def test_files_that_do_not_fit_say_so_in_one_line(tmp_path, answers, message):
 def test_jsonl_of_a_process_is_refused(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\n')
-    with pytest.raises(UserError, match="not the .jsonl"):
+    with pytest.raises(UserError, match=r"not the \.jsonl"):
         studies.read_answers(str(path))
 
 
