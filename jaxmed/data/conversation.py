@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxmed.data.masks import supervised
-from jaxmed.data.records import IMAGE_TOKEN, Record, image_places
+from jaxmed.data.records import Record, image_places
 from jaxmed.data.templates import TEMPLATES, Template, render
-from jaxmed.data.tokenizer import IGNORE, IMAGE_ID, Tokenizer
+from jaxmed.data.tokenizer import IGNORE, IMAGE_ID, IMAGE_TOKEN, Tokenizer
 from jaxmed.errors import UserError
 
 __all__ = [

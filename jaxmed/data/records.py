@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxmed.data.tokenizer import IMAGE_TOKEN
 from jaxmed.errors import Problem, UserError
 
-IMAGE_TOKEN = "<image>"
 ROLES = ("human", "gpt")
 
 

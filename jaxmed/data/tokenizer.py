@@ -17,6 +17,7 @@ import tokenizers
 
 from jaxmed.errors import UserError
 
+IMAGE_TOKEN = "<image>"
 IMAGE_ID = -200
 IGNORE = -100
 
@@ -152,7 +153,7 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """One id for display: its text, or the vocabulary's own spelling where it is no whole character."""
         if token == IMAGE_ID:
-            return "<image>"
+            return IMAGE_TOKEN
         spelling = self._raw.id_to_token(token) or f"<{token}>"
         text = self._raw.decode([token], skip_special_tokens=False)
         if "\ufffd" in text or not text:
