@@ -214,3 +214,18 @@ def test_is_finite():
 
 def test_weight_files_of_the_golden_base():
     assert weight_files(str(GOLDEN / "base")) == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
+
+
+def test_no_more_is_read_than_asked_for(tmp_path):
+    """A sparse file of 64 GB: opening and slicing it must not touch the rest."""
+    rows, columns = 2**21, 2**13
+    entry = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, rows * columns * 4]}
+    raw = json.dumps({"vast": entry}).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + rows * columns * 4)
+        file.seek(8 + len(raw) + 4 * (1_000_003 * columns + 17))
+        file.write(np.float32(2.5).tobytes())
+    piece = open_folder(str(tmp_path)).read("vast", np.s_[1_000_000:1_000_007, 10:20])
+    assert piece.shape == (7, 10) and piece[3, 7] == 2.5 and piece.sum() == 2.5
+    assert len(base_fingerprint(str(tmp_path))) == 64
