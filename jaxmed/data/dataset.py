@@ -42,7 +42,7 @@ class Dataset:
     voided: tuple[Problem, ...] = ()
     """Records left out because none of their tokens is supervised, and why"""
     encoder: str = ""
-    """Encoder that signed the token files; "" if none is signed"""
+    """Encoder of the token files: `visual.encoder`, else what the first signed file names, "" if there is none"""
     notices: tuple[str, ...] = field(default=())
     """What the user should be told once"""
 

@@ -114,8 +114,8 @@ def is_merged(header: Header, visual: VisualConfig) -> bool:
 def merged_grid(header: Header, visual: VisualConfig) -> Grid:
     """(t, h, w), as the projector sees the file."""
     merge = (1, 1, 1) if is_merged(header, visual) else visual.merge
-    t, h, w = (n // m for n, m in zip(header.shape[1:], merge, strict=True))
-    return t, h, w
+    _, t, h, w = header.shape
+    return t // merge[0], h // merge[1], w // merge[2]
 
 
 def header_problem(header: Header, visual: VisualConfig) -> str:
@@ -182,14 +182,14 @@ def load_tokens(path: str, visual: VisualConfig) -> tuple[np.ndarray, Grid]:
 
 
 def _order_and_merge(tokens: np.ndarray, visual: VisualConfig, merged: bool) -> np.ndarray:
-    """[C, T, H, W] -> [N, visual.features]"""
+    """[C, T, H, W] -> [N, visual.features], a transposed view: the copy into the batch's row is the only one"""
     if visual.channel_order == "reverse":
         # In a file merged by someone else the file's own channel is the slow part of the channel axis.
         split = tokens.reshape(visual.file_features if merged else tokens.shape[0], -1, *tokens.shape[1:])
         tokens = split[::-1].reshape(tokens.shape)
     if not merged:
         tokens = merge_neighbours(tokens, visual.merge)
-    return np.ascontiguousarray(tokens.reshape(tokens.shape[0], -1).T)
+    return tokens.reshape(tokens.shape[0], -1).T
 
 
 def _signs_to_codes(path: str, array: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ An epoch is a list of global batches, each of one bucket, with `data.batch` rows
 """
 
 import dataclasses
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -47,8 +48,7 @@ class GlobalBatch:
     @property
     def offsets(self) -> tuple[int, ...]:
         """For each row, the number of samples in the rows before it."""
-        counts = [len(row) for row in self.rows]
-        return tuple(sum(counts[:row]) for row in range(len(counts)))
+        return tuple(itertools.accumulate((len(row) for row in self.rows[:-1]), initial=0))
 
 
 def random_order(count: int, *key: int) -> np.ndarray:

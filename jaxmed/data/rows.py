@@ -122,9 +122,10 @@ def build_rows(dataset: Dataset, batch: GlobalBatch, rows: Sequence[int]) -> tup
     experiment = dataset.experiment
     arrays, problems = empty_rows(experiment, len(rows), batch.bucket), []
     stride = text_places(experiment, experiment.visual.tokens)
+    offsets = batch.offsets
     for place, row_number in enumerate(rows):
         row = _Row(arrays, place)
-        for segment, index in enumerate(batch.rows[row_number], 1 + batch.offsets[row_number]):
+        for segment, index in enumerate(batch.rows[row_number], 1 + offsets[row_number]):
             sample = dataset.samples[index]
             try:
                 loaded = load_sample(dataset, sample)

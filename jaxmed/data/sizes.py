@@ -5,6 +5,7 @@ other token files or another projector do not cost a new tokenisation. Headers a
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,9 @@ from jaxmed.errors import UserError
 # Raise it when templates, masks or normalisation change what a text's sizes are.
 VERSION = "1"
 READERS = 8
+PIECE = 256
+Stamped = tuple[tuple[int, int], Header]
+"""((size, time) of the file, its header)"""
 Progress = Callable[[int, int], None]
 """Called with (records done, records)"""
 
@@ -86,39 +90,45 @@ def _unpack(stored: dict[str, np.ndarray]) -> dict[int, TextSize]:
 def read_headers(paths: Sequence[str], records_path: str) -> dict[str, Header | UserError]:
     """The header of each file, or what is wrong with it. Files whose size and time are as stored are not opened."""
     paths = sorted(set(paths))
-    stored = _stored_headers(cache.read(records_path, "headers", VERSION))
-
-    def one(path: str) -> tuple[tuple[int, int], Header | UserError]:
-        try:
-            status = os.stat(path)
-            stamp = status.st_size, status.st_mtime_ns
-            if path in stored and stored[path][0] == stamp:
-                return stored[path]
-            return stamp, read_header(path)
-        except OSError:
-            return (0, 0), UserError(f"{path}: no such file; check the folder of the embeddings, or encode the volume")
-        except UserError as error:
-            return (0, 0), error
-
+    stored = _unpack_headers(cache.read(records_path, "headers", VERSION))
+    # In pieces: the threads hide the latency of a network file system, and one task a file would cost more than it hides.
+    pieces = [paths[start : start + PIECE] for start in range(0, len(paths), PIECE)]
     with ThreadPoolExecutor(READERS) as pool:
-        found = dict(zip(paths, pool.map(one, paths, chunksize=64), strict=True))
-    good = {path: entry for path, entry in found.items() if isinstance(entry[1], Header)}
-    if any(stored.get(path) != entry for path, entry in good.items()):
+        found = [
+            entry for piece in pool.map(lambda piece: [_header(path, stored) for path in piece], pieces) for entry in piece
+        ]
+    good = {path: entry for path, entry in zip(paths, found, strict=True) if isinstance(entry[1], Header)}
+    if any(stored.get(path) is not entry for path, entry in good.items()):
         cache.write(records_path, "headers", VERSION, _pack_headers(good))
-    return {path: header for path, (_, header) in found.items()}
+    return {path: header for path, (_, header) in zip(paths, found, strict=True)}
 
 
-def _pack_headers(entries: dict[str, tuple[tuple[int, int], Header]]) -> dict[str, np.ndarray]:
-    headers = [header for _, header in entries.values()]
-    return {
-        "stamps": np.array([stamp for stamp, _ in entries.values()], np.int64).reshape(-1, 2),
-        "shapes": np.array([header.shape for header in headers], np.int64).reshape(-1, 4),
-        "names": np.array([(h.path, h.dtype, h.key, h.encoder) for h in headers], np.str_).reshape(-1, 4),
-    }
+def _header(path: str, stored: dict[str, Stamped]) -> Stamped | tuple[None, UserError]:
+    try:
+        status = os.stat(path)
+        known = stored.get(path)
+        stamp = status.st_size, status.st_mtime_ns
+        return known if known and known[0] == stamp else (stamp, read_header(path))
+    except OSError:
+        return None, UserError(f"{path}: no such file; check the folder of the embeddings, or encode the volume")
+    except UserError as error:
+        return None, error
 
 
-def _stored_headers(stored: dict[str, np.ndarray]) -> dict[str, tuple[tuple[int, int], Header]]:
+def _pack_headers(entries: dict[str, Stamped]) -> dict[str, np.ndarray]:
+    """JSON in an array of bytes; what files have in common (shape, dtype, key, encoder) is written once."""
+    kinds: dict[tuple, int] = {}
+    files = {}
+    for path, (stamp, header) in entries.items():
+        kind = (header.shape, header.dtype, header.key, header.encoder)
+        files[path] = [*stamp, kinds.setdefault(kind, len(kinds))]
+    text = json.dumps({"kinds": list(kinds), "files": files})
+    return {"headers": np.frombuffer(text.encode(), np.uint8)}
+
+
+def _unpack_headers(stored: dict[str, np.ndarray]) -> dict[str, Stamped]:
     if not stored:
         return {}
-    rows = zip(stored["stamps"].tolist(), stored["shapes"].tolist(), stored["names"].tolist(), strict=True)
-    return {n[0]: (tuple(stamp), Header(n[0], tuple(shape), *n[1:])) for stamp, shape, n in rows}
+    known = json.loads(stored["headers"].tobytes())
+    kinds = [(tuple(shape), *rest) for shape, *rest in known["kinds"]]
+    return {path: ((size, time), Header(path, *kinds[kind])) for path, (size, time, kind) in known["files"].items()}
