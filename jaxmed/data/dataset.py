@@ -82,9 +82,8 @@ def scan(experiment: Experiment, tokenizer: Tokenizer, records_path: str, progre
     paths = [tuple(npz_path(data.embeddings, image) for image in record.images) for record in records]
     wanted = [path for group in paths for path in group] if visual.kind != "none" else []
     headers = read_headers(wanted, records_path)
-    encoder = visual.encoder or next(
-        (h.encoder for p in wanted if (h := headers[p]) and isinstance(h, Header) and h.encoder), ""
-    )
+    signed = (header.encoder for path in wanted if isinstance(header := headers[path], Header) and header.encoder)
+    encoder = visual.encoder or next(signed, "")
     samples, voided = [], []
     for record, text, files in zip(records, texts, paths, strict=True):
         faults = _file_faults(record, text, [headers[path] for path in files if path in headers], experiment, encoder)
@@ -120,9 +119,10 @@ def _file_faults(
             f"{len(record.images)} images, visual.images is {visual.images}; set visual.images to the most a record has"
         )
     for header in headers:
-        fault = (
-            str(header) if isinstance(header, UserError) else header_problem(header, visual) or encoder_problem(header, encoder)
-        )
+        if isinstance(header, UserError):
+            fault = str(header)
+        else:
+            fault = header_problem(header, visual) or encoder_problem(header, encoder)
         if fault and fault not in faults:
             faults.append(fault)
     return faults

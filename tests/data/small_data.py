@@ -1,6 +1,7 @@
 """For tests: a small data set with the golden case's tokenizer, token files of several grids, and text alone."""
 
 import dataclasses
+import functools
 import json
 import random
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmed.config import DataConfig, Experiment, ModelConfig, ProjectorConfig, VisualConfig
+from jaxmed.data.dataset import Dataset, scan
 from jaxmed.data.embeddings import pack_codes, write_npz
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.models.presets import TINY
@@ -19,6 +21,7 @@ VISUAL = VisualConfig(images=3, tokens=31, features=18, grid=(3, 5, 2))
 WORDS = ["lung", "heart", "effusion", "nodule", "none", "right", "left", "small.", "Findings:", "no", "clear,", "spine\n"]
 
 
+@functools.cache
 def make_tokenizer() -> Tokenizer:
     return Tokenizer.from_folder(str(GOLDEN / "base"), ADDED)
 
@@ -66,3 +69,7 @@ def make_experiment(folder: Path, pooled: bool = False, visual: VisualConfig = V
         visual=visual,
         data=DataConfig(**(settings | data)),
     )
+
+
+def open_dataset(folder: Path, **settings) -> Dataset:
+    return scan(make_experiment(folder, **settings), make_tokenizer(), str(folder / "r.json"))

@@ -1,21 +1,16 @@
-"""From records and token files to batches: checks, rows, packing, process counts, resume, the mesh."""
+"""From samples to batches: rows, packing, process counts, resume, the mesh."""
 
 import dataclasses
 import json
-import re
-import shutil
 from collections import Counter
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
-from small_data import GOLDEN, GRIDS, VISUAL, make_experiment, make_records, make_tokenizer, make_volumes
+from small_data import GRIDS, VISUAL, make_tokenizer, make_volumes, open_dataset
 
 from jaxmed.config import MeshConfig, VisualConfig
-from jaxmed.data import sizes as sizes_module
 from jaxmed.data.conversation import encode_training
-from jaxmed.data.dataset import scan
 from jaxmed.data.embeddings import npz_name, pack_codes, write_npz
 from jaxmed.data.pipeline import batches, evaluation_batches, local_rows
 from jaxmed.data.plan import GlobalBatch
@@ -25,21 +20,6 @@ from jaxmed.sharding import Rules, balanced_order, make_mesh
 
 TOKENIZER = make_tokenizer()
 FIELDS = [*ALONG_T, "supervised", "labels", "images", "image_token_mask", "image_grid"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    make_volumes(path / "tokens", 5)
-    make_volumes(path / "codes", 5, codes=True)
-    make_records(path / "r.json", 40, 5)
-    return path
-
-
-def make_dataset(folder, **settings):
-    return scan(make_experiment(folder, **settings), TOKENIZER, str(folder / "r.json"))
-
-
 PACKED = {"pack": True, "buckets": (199, 523), "supervised": 151, "visual": dataclasses.replace(VISUAL, images=5)}
 
 
@@ -78,7 +58,7 @@ def naive_row(dataset, batch, row, places_of, stride):
     ("settings", "pooled"), [({}, False), (PACKED, False), (PACKED, True)], ids=["plain", "packed", "packed and pooled"]
 )
 def test_rows_against_a_naive_splice(folder, settings, pooled):
-    dataset = make_dataset(folder, pooled=pooled, **settings)
+    dataset = open_dataset(folder, pooled=pooled, **settings)
     stride = 7 if pooled else 31
     seen = 0
     for batch in dataset.plan().epoch(0):
@@ -102,7 +82,7 @@ def test_rows_against_a_naive_splice(folder, settings, pooled):
 
 def test_image_values_stand_where_image_index_points(folder):
     volumes = make_volumes(folder / "again", 5)
-    dataset = make_dataset(folder, **PACKED)
+    dataset = open_dataset(folder, **PACKED)
     batch = next(b for b in dataset.plan().epoch(0) if max(len(r) for r in b.rows) > 1)
     arrays, _ = build_rows(dataset, batch, [2, 0])
     checked = 0
@@ -148,7 +128,7 @@ def test_packed_and_unpacked_rows_hold_the_same_segments(folder):
                     )
         return found
 
-    plain, packed = make_dataset(folder), make_dataset(folder, **PACKED)
+    plain, packed = open_dataset(folder), open_dataset(folder, **PACKED)
     assert len(packed.plan().epoch(0)) < len(plain.plan().epoch(0))
     assert packed.plan().efficiency() > plain.plan().efficiency()
     assert segments(plain) == segments(packed)
@@ -156,10 +136,10 @@ def test_packed_and_unpacked_rows_hold_the_same_segments(folder):
 
 def test_codes(folder):
     grids = VisualConfig(kind="codes", images=3, tokens=30, features=18, grid=(3, 5, 2))
-    with pytest.raises(BadRecords, match="token grid"):
-        make_dataset(folder, visual=grids, embeddings=str(folder / "codes"))
     volumes = make_volumes(folder / "codes", 5, codes=True)
-    dataset = make_dataset(folder, visual=grids, embeddings=str(folder / "codes"), on_bad_record="skip")
+    with pytest.raises(BadRecords, match="token grid"):
+        open_dataset(folder, visual=grids, embeddings=str(folder / "codes"))
+    dataset = open_dataset(folder, visual=grids, embeddings=str(folder / "codes"), on_bad_record="skip")
     assert {image for s in dataset.samples for image in s.record.images} == {"v0.nii.gz", "v3.nii.gz"}
     index = next(i for i, s in enumerate(dataset.samples) if s.record.images == ("v3.nii.gz",))
     arrays, _ = build_rows(dataset, GlobalBatch(269, ((index,), ())), [0, 1])
@@ -171,7 +151,7 @@ def test_codes(folder):
 def test_text_alone_has_no_images(folder, tmp_path):
     records = [r for r in json.loads((folder / "r.json").read_text()) if "image" not in r]
     (tmp_path / "r.json").write_text(json.dumps(records))
-    dataset = make_dataset(tmp_path, visual=VisualConfig(kind="none"), embeddings="")
+    dataset = open_dataset(tmp_path, visual=VisualConfig(kind="none"), embeddings="")
     arrays, _ = build_rows(dataset, dataset.plan()[0], [0, 2])
     assert arrays["images"].shape == (2, 0, 0, 18) and arrays["image_token_mask"].shape == (2, 0, 0)
     assert (arrays["image_index"] == -1).all() and arrays["supervised"].max() > 0
@@ -179,7 +159,7 @@ def test_text_alone_has_no_images(folder, tmp_path):
 
 @pytest.mark.parametrize("context", [2, 3])
 def test_balanced_order_moves_everything_along(folder, context):
-    dataset = make_dataset(folder, **PACKED | {"buckets": (204, 528)})
+    dataset = open_dataset(folder, **PACKED | {"buckets": (204, 528)})
     batch = dataset.plan()[0]
     arrays, _ = build_rows(dataset, batch, range(3))
     order = balanced_order(batch.bucket, context)
@@ -200,23 +180,16 @@ def test_balanced_order_moves_everything_along(folder, context):
 
 def process_rows(mesh_shape, processes, batch):
     """Rows of each process, were the devices of the mesh dealt to that many processes in order."""
-    names = ("data", "fsdp", "context", "tensor")
-    mesh = AbstractMesh(mesh_shape, names)
-    count = int(np.prod(mesh_shape))
-    rows_per_group = batch // (mesh_shape[0] * mesh_shape[1])
-    assert mesh.size == count
-    maps = [{} for _ in range(processes)]
-    for device in range(count):
-        group = device // (mesh_shape[2] * mesh_shape[3])
-        index = (slice(group * rows_per_group, (group + 1) * rows_per_group, None),)
-        maps[device * processes // count][device] = index
-    return [local_rows(index_map, batch) for index_map in maps]
+    mesh = make_mesh(MeshConfig(*mesh_shape), jax.devices()[: int(np.prod(mesh_shape))])
+    index_map = Rules().sharding(mesh, "batch").devices_indices_map((batch,))
+    groups = np.array_split(mesh.devices.reshape(-1), processes)
+    return [local_rows({device: index_map[device] for device in group}, batch) for group in groups]
 
 
 @pytest.mark.parametrize("mesh_shape", [(4, 1, 1, 1), (2, 2, 1, 1), (1, 2, 2, 1), (1, 1, 2, 2)])
 @pytest.mark.parametrize("settings", [{}, PACKED], ids=["plain", "packed"])
 def test_same_rows_in_the_same_places_at_any_process_count(folder, mesh_shape, settings):
-    dataset = make_dataset(folder, **settings | {"batch": 4})
+    dataset = open_dataset(folder, **settings | {"batch": 4})
     batch = dataset.plan()[1]
     whole, _ = build_rows(dataset, batch, range(4))
     for processes in (1, 2, 4):
@@ -246,7 +219,7 @@ def compare(batch, arrays):
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_batches_resume_by_step(folder, threads):
-    dataset = make_dataset(folder, threads=threads)
+    dataset = open_dataset(folder, threads=threads)
     plan, mesh = dataset.plan(), make_mesh(MeshConfig(), jax.devices()[:1])
     steps = plan.steps_per_epoch() + 3
     with jax.set_mesh(mesh):
@@ -265,12 +238,10 @@ def test_batches_resume_by_step(folder, threads):
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (2, 2, 1, 2), (1, 1, 4, 1), (1, 2, 2, 2)])
 def test_the_same_batch_on_every_mesh(folder, shape):
-    if len(jax.devices()) < 8:
-        pytest.fail("needs eight devices; set XLA_FLAGS=--xla_force_host_platform_device_count=8")
     data, fsdp, context, tensor = shape
     devices = jax.devices()[: int(np.prod(shape))]
     mesh = make_mesh(MeshConfig(data, fsdp, context, tensor), devices)
-    dataset = make_dataset(folder, batch=8, buckets=(200, 272))
+    dataset = open_dataset(folder, batch=8, buckets=(200, 272))
     with jax.set_mesh(mesh):
         loader = batches(dataset, dataset.plan(), 2, mesh, Rules())
         global_batch, batch = next(loader)
@@ -286,13 +257,13 @@ def test_the_same_batch_on_every_mesh(folder, shape):
 
 def test_a_bucket_that_context_does_not_divide_is_refused(folder):
     mesh = make_mesh(MeshConfig(context=2), jax.devices()[:2])
-    dataset = make_dataset(folder)
+    dataset = open_dataset(folder)
     with pytest.raises(UserError, match=r"\[151, 199, 269\] are not multiples of 2 x mesh.context = 4"):
         batches(dataset, dataset.plan(), 0, mesh, Rules())
 
 
 def test_evaluation_takes_every_sample_once(folder):
-    dataset = make_dataset(folder)
+    dataset = open_dataset(folder)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         found = list(evaluation_batches(dataset, mesh, Rules()))
@@ -303,14 +274,6 @@ def test_evaluation_takes_every_sample_once(folder):
         assert not np.asarray(batch.segment_ids)[empty].any() and (np.asarray(batch.supervised)[empty] == -1).all()
 
 
-@pytest.fixture
-def own(folder, tmp_path):
-    """A copy that a test may spoil."""
-    shutil.copytree(folder / "tokens", tmp_path / "tokens")
-    shutil.copy(folder / "r.json", tmp_path / "r.json")
-    return tmp_path
-
-
 def spoil_values(own, name="v1"):
     path = own / "tokens" / npz_name(name + ".npz")
     values = np.ones((18, *GRIDS[1]), np.float32)
@@ -319,7 +282,7 @@ def spoil_values(own, name="v1"):
 
 
 def test_nan_found_at_load_stops_with_file_and_record(own):
-    dataset = make_dataset(own)
+    dataset = open_dataset(own)
     spoil_values(own)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh), pytest.raises(UserError) as error:
@@ -331,7 +294,7 @@ def test_nan_found_at_load_stops_with_file_and_record(own):
 
 @pytest.mark.parametrize("settings", [{}, PACKED], ids=["plain", "packed"])
 def test_nan_found_at_load_is_skipped_and_reported(own, settings):
-    dataset = make_dataset(own, on_bad_record="skip", **settings)
+    dataset = open_dataset(own, on_bad_record="skip", **settings)
     spoil_values(own)
     affected = {i for i, s in enumerate(dataset.samples) if "v1.nii.gz" in s.record.images}
     mesh, heard, left_out = make_mesh(MeshConfig(), jax.devices()[:1]), [], set()
@@ -350,125 +313,8 @@ def test_nan_found_at_load_is_skipped_and_reported(own, settings):
 
 
 def test_a_file_that_changed_its_size_under_way(own):
-    dataset = make_dataset(own)
+    dataset = open_dataset(own)
     write_npz(str(own / "tokens" / "v1.nii_embedded.npz"), np.ones((18, 2, 3, 3), np.float32), "test 7")
     index = next(i for i, s in enumerate(dataset.samples) if "v1.nii.gz" in s.record.images)
     with pytest.raises(UserError, match="had 24 tokens when it was checked and has 18 now"):
         build_rows(dataset, GlobalBatch(269, ((index,),)), [0])
-
-
-def turns(*texts):
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-
-
-BAD = {
-    "no turns": ({"conversations": []}, "no turns"),
-    "roles": ({"conversations": [*turns("a"), *turns("b")]}, "do not alternate"),
-    "missing file": ({"image": "gone.nii.gz", "conversations": turns("<image> a", "b")}, "gone.nii_embedded.npz: no such file"),
-    "axes": ({"image": "axes.npz", "conversations": turns("<image> a", "b")}, r"axes.nii_embedded.npz: `arr` must be"),
-    "channels": ({"image": "c20.npz", "conversations": turns("<image> a", "b")}, "20 channels, expected 18"),
-    "too many tokens": ({"image": "big.npz", "conversations": turns("<image> a", "b")}, "32 tokens, visual.tokens is 31"),
-    "encoder": ({"image": "other.npz", "conversations": turns("<image> a", "b")}, "encoder 'other 1', expected 'test 7'"),
-    "place missing": ({"image": "v1.npz", "conversations": turns("a", "b")}, "place"),
-    "too long": ({"conversations": turns("a", "lung " * 300)}, r"the largest bucket is 269; add one of \d+ to data.buckets"),
-    "too many labels": ({"conversations": turns("a", "lung " * 25)}, r"supervised tokens, data.supervised is 61; raise it to"),
-    "images": ({"image": ["v0.npz"] * 4, "conversations": turns("<image>" * 4, "b")}, "4 images, visual.images is 3"),
-}
-
-
-@pytest.fixture
-def bad(own):
-    records = json.loads((own / "r.json").read_text())[:4]
-    for name, shape, encoder in (("c20", (20, 1, 2, 2), ""), ("big", (18, 4, 4, 2), ""), ("other", (18, 1, 2, 2), "other 1")):
-        write_npz(str(own / "tokens" / f"{name}.nii_embedded.npz"), np.ones(shape, np.float32), encoder)
-    np.savez(own / "tokens" / "axes.nii_embedded.npz", arr=np.ones((18, 1, 2, 2), np.float32))
-    records += [{"id": name, **record} for name, (record, _) in BAD.items()]
-    records.append({"id": "voided", "conversations": turns("a <|eot_id|> b", "c")})
-    (own / "r.json").write_text(json.dumps(records))
-    return own
-
-
-def test_everything_wrong_is_listed_at_once_before_the_first_step(bad):
-    with pytest.raises(BadRecords) as error:
-        make_dataset(bad)
-    problems = error.value.problems
-    assert len(problems) == len(BAD)
-    for name, (_, message) in BAD.items():
-        own = [p for p in problems if f"(id '{name}')" in p.where]
-        assert len(own) == 1, name
-        assert re.search(message, own[0].what), (name, own[0].what)
-        assert own[0].where.startswith(f"{bad}/r.json: record ")
-
-
-def test_skipping_keeps_the_rest_and_the_list(bad):
-    dataset = make_dataset(bad, on_bad_record="skip")
-    assert [s.record.id for s in dataset.samples] == [f"case {i}" for i in range(4)]
-    assert len(dataset.problems) == len(BAD)
-    assert [v.where.split("(")[1] for v in dataset.voided] == ["id 'voided')"] and dataset.voided[0].what
-
-
-def test_unsigned_files_pass_with_one_notice_and_the_encoder_is_named(own):
-    assert make_dataset(own).encoder == "test 7" and make_dataset(own).notices == ()
-    write_npz(str(own / "tokens" / "v1.nii_embedded.npz"), np.ones((18, 2, 3, 4), np.float32), "")
-    dataset = make_dataset(own)
-    assert len(dataset.samples) == 40 and len(dataset.notices) == 1 and "1 of 5" in dataset.notices[0]
-    with pytest.raises(BadRecords, match="expected 'mine'"):
-        make_dataset(own, visual=dataclasses.replace(VISUAL, encoder="mine"))
-
-
-def test_what_is_missing_altogether(own):
-    with pytest.raises(UserError, match=r"--data\.embeddings"):
-        make_dataset(own, embeddings="")
-    with pytest.raises(BadRecords, match=r"visual\.kind is none"):
-        make_dataset(own, visual=VisualConfig(kind="none"))
-    (own / "r.json").write_text(json.dumps([{"id": "v", "conversations": turns("a <|eot_id|> b", "c")}]))
-    with pytest.raises(UserError, match=r"no record can be trained on \(0 cannot be used, 1 have no supervised token\)"):
-        make_dataset(own)
-
-
-def test_a_second_scan_tokenises_and_opens_nothing(own, monkeypatch):
-    first = make_dataset(own)
-
-    def never(*_):
-        raise AssertionError("not cached")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sizes_module, "measure", never)
-        patch.setattr(sizes_module, "read_header", never)
-        assert make_dataset(own).samples == first.samples
-        # Another projector changes the image tokens, not the texts.
-        assert make_dataset(own, pooled=True).sizes != first.sizes
-        with pytest.raises(AssertionError, match="not cached"):
-            make_dataset(own, template="plain")
-        with pytest.raises(AssertionError, match="not cached"):
-            scan(make_experiment(own), type(TOKENIZER).from_folder(str(GOLDEN / "base")), str(own / "r.json"))
-    write_npz(str(own / "tokens" / "v1.nii_embedded.npz"), np.ones((18, 1, 3, 4), np.float32), "test 7")
-    records = json.loads((own / "r.json").read_text())
-    records[0]["conversations"][-1]["value"] += " one more sentence"
-    (own / "r.json").write_text(json.dumps(records))
-    changed = make_dataset(own)
-    assert changed.samples[0].size.length > first.samples[0].size.length
-    for before, after in zip(first.samples[1:], changed.samples[1:], strict=True):
-        assert before.size.length - after.size.length == 12 * before.record.images.count("v1.nii.gz")
-
-
-def test_a_folder_that_cannot_be_written_is_no_hindrance(own, tmp_path, monkeypatch):
-    home = tmp_path / "home"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    real = open
-
-    def guarded(path, mode="r", *args, **kwargs):
-        if "w" in mode and str(path).startswith(str(own / "r.json")):
-            raise PermissionError(13, "Permission denied")
-        return real(path, mode, *args, **kwargs)
-
-    monkeypatch.setattr("builtins.open", guarded)
-    first = make_dataset(own)
-    assert len(list((home / "jaxmed").glob("*.npz"))) == 2 and not list(own.glob("r.json.*"))
-    monkeypatch.setattr(sizes_module, "measure", None)
-    assert make_dataset(own).samples == first.samples
-
-
-def test_a_tokenizer_without_the_templates_tokens_is_refused(own):
-    with pytest.raises(UserError, match=r"the tokenizer lacks </s>.*--data\.template"):
-        make_dataset(own, template="v1")
