@@ -127,7 +127,8 @@ def meteor_available() -> bool:
 
 def meteor(answer: str, reference: str) -> float:
     """METEOR of one pair; only where `meteor_available()`."""
+    from nltk.corpus import wordnet
     from nltk.translate.meteor_score import meteor_score
 
     ours, theirs = bleu_tokens(answer.lower()), bleu_tokens(reference.lower())
-    return float(meteor_score([theirs], ours)) if ours and theirs else 0.0
+    return float(meteor_score([theirs], ours, wordnet=wordnet)) if ours and theirs else 0.0

@@ -112,13 +112,14 @@ def _median_words(texts: Iterable[tuple[str, ...]]) -> int:
 
 def _variety(scores: Scores, name: str) -> Verdict:
     times, always, low = scores.commonest[0][1], scores.always_commonest[name], scores.intervals[name][0]
-    beaten = low > always
+    beaten, collapsed = low > always, times > scores.answers / 2
     text = (
         f"{scores.distinct:,} distinct answers to {scores.answers:,} questions; the commonest was given {times:,} times "
         f"({page.share(times / scores.answers)}). Always giving it would score {LABELS[name]} {always:.3f}, "
         f"which these answers {'beat' if beaten else 'do not clearly beat'}."
+        f"{' Most answers are one and the same text.' if collapsed else ''}"
     )
-    return Verdict("good" if beaten and times < scores.answers / 2 else "warn", "Variety.", text)
+    return Verdict("good" if beaten and not collapsed else "warn", "Variety.", text)
 
 
 def _looking(scores: Scores, control: Control, name: str) -> Verdict:

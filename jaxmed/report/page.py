@@ -31,7 +31,8 @@ def _score(value: float) -> str:
 
 def _signed(value: float) -> str:
     """With a true minus sign, so that columns line up."""
-    return f"{value:+.3f}".replace("-", "−")
+    text = f"{value:+.3f}".replace("-", "−")
+    return "0.000" if text[1:] == "0.000" else text
 
 
 def share(value: float) -> str:

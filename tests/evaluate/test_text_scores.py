@@ -7,7 +7,8 @@ import sacrebleu
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 
-from jaxmed.evaluate import text
+from jaxmed.evaluate import scores, text
+from jaxmed.evaluate.studies import Study
 
 PAIRS = [
     ("Trachea is open. No nodule, no effusion was detected.", "The trachea is open; no nodules or effusions were detected."),
@@ -62,10 +63,49 @@ def test_longest_common_subsequence_against_the_quadratic_table():
         assert text.common_subsequence(a, b) == table[-1, -1]
 
 
-def test_meteor_needs_wordnet_on_this_machine():
-    try:
-        nltk.data.find("corpora/wordnet.zip")
-    except LookupError:
-        assert not text.meteor_available()
-    else:
-        assert text.meteor("a nodule is observed", "a nodule is observed") > 0.95
+class NoSynonyms:
+    """WordNet with no entries: METEOR by exact words and stems alone."""
+
+    @staticmethod
+    def ensure_loaded():
+        pass
+
+    @staticmethod
+    def synsets(word):
+        return []
+
+
+@pytest.fixture
+def wordnet(monkeypatch):
+    monkeypatch.setattr(nltk.corpus, "wordnet", NoSynonyms)
+    text.meteor_available.cache_clear()
+    yield
+    text.meteor_available.cache_clear()
+
+
+def test_meteor_is_there_where_wordnet_is(wordnet):
+    assert text.meteor_available()
+    assert text.meteor("", "a") == text.meteor("a", "") == text.meteor("rib", "lung") == 0
+    # 4 of 5 and 4 of 4 words match in one chunk: F = 10 P R / (R + 9 P), penalty 0.5 (1/4)^3.
+    precision, recall = 4 / 5, 1.0
+    expected = 10 * precision * recall / (recall + 9 * precision) * (1 - 0.5 / 4**3)
+    assert text.meteor("Nodules seen on left now", "nodule seen on left") == pytest.approx(expected)
+
+
+def test_meteor_joins_the_other_scores(wordnet):
+    study = Study("a", "", ("q",), ("left lung clear",), ("left lung clear",))
+    content = scores.to_json(scores.score([study], [("left",)], "zeros", resamples=5))
+    assert content["corpus"]["meteor"] == pytest.approx(1 - 0.5 / 3**3)
+    assert content["control"]["drop"]["meteor"] > 0 and "meteor" in content["collapse"]["always_commonest"]
+
+
+def test_without_wordnet_meteor_is_absent(monkeypatch):
+    def missing():
+        raise LookupError("corpora/wordnet")
+
+    monkeypatch.setattr(nltk.corpus, "wordnet", type("Absent", (), {"ensure_loaded": staticmethod(missing)}))
+    monkeypatch.setattr(nltk, "download", None)
+    text.meteor_available.cache_clear()
+    study = Study("a", "", ("q",), ("left lung",), ("left lung",))
+    assert "meteor" not in scores.to_json(scores.score([study], resamples=2))["corpus"]
+    text.meteor_available.cache_clear()
