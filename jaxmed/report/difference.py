@@ -20,8 +20,9 @@ def _key(word: str) -> str:
 
 
 def _runs(pieces: list[str], marked: list[bool]) -> list[Run]:
-    """`pieces` alternate word, space, word …; a space is marked where both its neighbours are."""
-    marks = [marked[i // 2] if i % 2 == 0 else marked[i // 2] and marked[i // 2 + 1] for i in range(len(pieces))]
+    """`pieces` alternate word, space, word …; a space is marked where both its neighbours are, a line break never."""
+    spaces = [a and b and "\n" not in space for a, b, space in zip(marked, marked[1:], pieces[1::2], strict=False)]
+    marks = [spaces[i // 2] if i % 2 else marked[i // 2] for i in range(len(pieces))]
     groups = itertools.groupby(zip(marks, pieces, strict=True), key=lambda pair: pair[0])
     runs = [(mark, "".join(piece for _, piece in group)) for mark, group in groups]
     return [(mark, text) for mark, text in runs if text]

@@ -33,6 +33,7 @@ def test_differences_mark_words_and_keep_the_text():
 def test_neighbouring_marked_words_are_one_run():
     ours, _ = differences("heart is quite large now", "heart now")
     assert ours == [(False, "heart "), (True, "is quite large"), (False, " now")]
+    assert differences("a\n\nb", "")[0] == [(True, "a"), (False, "\n\n"), (True, "b")]
 
 
 def test_an_empty_text_differs_in_every_word():
