@@ -1,7 +1,8 @@
 """Processes of one job: joined once, and who speaks for them.
 
-`initialise` comes before anything touches a device. Its errors are fatal: a job that goes on in pieces trains pieces. Where
-the flags say nothing, the variables of SLURM, of a TPU pod or of a GKE job set decide; without any of them there is one process.
+`initialise` comes before anything touches a device. Its errors are fatal: a job that goes on in pieces trains pieces.
+Where the flags say nothing, the variables of SLURM, of a TPU pod or of a GKE job set decide; without any of them there is
+one process.
 """
 
 import os

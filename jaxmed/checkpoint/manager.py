@@ -6,6 +6,7 @@
 A folder gets its final name when it is complete: whatever has a number for a name can be relied on, short of a broken disk.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -66,9 +67,7 @@ class Checkpoints:
                 return found
             self._set_aside(step)
             first_line = (str(error).splitlines() or ["unreadable in another process"])[0][:200]
-            notice(
-                f"checkpoint {step} cannot be read and was renamed to damaged-{step} ({first_line}); going back to the one before"
-            )
+            notice(f"checkpoint {step} cannot be read, going back to the one before; renamed to damaged-{step} ({first_line})")
         return None
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -97,8 +96,15 @@ class Checkpoints:
             raise disk_error(error, self.folder) from error
 
     def close(self) -> None:
-        """Frees Orbax's threads. Errors of a pending save are `wait`'s to tell."""
+        """Frees Orbax's threads, after `wait`."""
         self._manager.close()
+
+    def abandon(self) -> None:
+        """After an error elsewhere: lets a save that is under way finish, and keeps its own error from hiding the first."""
+        with contextlib.suppress(Exception):
+            self._manager.wait_until_finished()
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
 
 def complete_steps(folder: str) -> list[int]:
@@ -123,7 +129,7 @@ def read_meta(folder: str, step: int) -> dict[str, Any]:
 
 
 def restore_trainable(run: str, step: int, abstract: Any) -> Any:
-    """The trainable half of a checkpoint as the tree `abstract` (ShapeDtypeStructs with shardings), whose paths it must have."""
+    """The trainable half of a checkpoint as the tree `abstract` (ShapeDtypeStructs with shardings): all of it, nothing more."""
     path = os.path.abspath(os.path.join(run, FOLDER, str(step), "trainable"))
     try:
         return restore_named(path, abstract)

@@ -1,0 +1,57 @@
+"""Model FLOPs of a training step, for MFU: what the mathematics needs, recomputation not counted.
+
+A product with a weight costs 2 FLOPs a parameter and token forward, 2 for the gradient of its input, 2 more for its own gradient if it
+is trained. Causal attention over T costs 2 T D a layer and token forward, 2.5 times that backward (with the recomputation
+that every flash kernel does).
+"""
+
+import math
+from typing import Any
+
+import jax
+
+from jaxmed.config import Experiment
+
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+"""Dense bfloat16 FLOPs a second, from the makers' sheets"""
+
+
+def peak_flops(device: jax.Device) -> float:
+    """Of one device; 0 where it is not known (a CPU)."""
+    kinds = sorted((name for name in PEAKS if name in device.device_kind), key=len)
+    return PEAKS[kinds[-1]] if kinds else 0.0
+
+
+def weight_counts(trainable: dict[tuple, Any], frozen: dict[tuple, Any]) -> tuple[int, int]:
+    """(trained, frozen) parameters of matrices that multiply every token: embedding and head are left out."""
+
+    def count(leaves: dict[tuple, Any]) -> int:
+        return sum(
+            math.prod(x.shape)
+            for path, x in leaves.items()
+            if path[-1] in ("weight", "lora_a", "lora_b") and "head" not in path
+        )
+
+    return count(trainable), count(frozen)
+
+
+def step_flops(experiment: Experiment, trained: int, frozen: int, lengths: list[int], supervised: int) -> float:
+    """Of one optimizer step over samples of these lengths, with so many supervised tokens."""
+    decoder = experiment.model.decoder
+    tokens = sum(lengths)
+    matrices = tokens * (6.0 * trained + 4.0 * frozen)
+    attention = 3.5 * 2.0 * decoder.layers * decoder.heads * decoder.head_dim * sum(n * n for n in lengths)
+    head = 4.0 * supervised * decoder.vocab * decoder.width
+    return matrices + attention + head

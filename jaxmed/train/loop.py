@@ -1,0 +1,319 @@
+"""Training, from a config to a folder: `fit` is the recipe, in the order in which things happen.
+
+Killed at any moment, the same call goes on: state from the newest complete checkpoint, data by step number, dropout by (seed,
+step); metrics beyond that step are dropped and written again. The result is the undisturbed run's, bit for bit.
+"""
+
+import dataclasses
+import hashlib
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmed.checkpoint.hf_io import base_fingerprint
+from jaxmed.checkpoint.manager import FOLDER, Checkpoints, complete_steps, read_meta
+from jaxmed.config import Experiment, to_dict
+from jaxmed.data.dataset import Dataset, scan
+from jaxmed.data.pipeline import batches, evaluation_batches
+from jaxmed.data.plan import GlobalBatch, Plan
+from jaxmed.data.tokenizer import Tokenizer
+from jaxmed.distributed import barrier, is_first, say
+from jaxmed.errors import UserError
+from jaxmed.sharding import make_mesh
+from jaxmed.train.diagnose import explain_poison
+from jaxmed.train.flops import peak_flops, step_flops, weight_counts
+from jaxmed.train.folder import Skipped, open_run
+from jaxmed.train.init import Blueprint, abstract_state, blueprint, flatten, frozen_half, start
+from jaxmed.train.optim import make_optimizer, schedule
+from jaxmed.train.statistics import token_statistics
+from jaxmed.train.step import Metrics, TokenCrossEntropy, make_eval_step, make_step
+from jaxmed.train.writer import Silent, Writer
+from jaxmed.types import Batch, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a run came to."""
+
+    steps: int
+    loss: float
+    """Of the last step; NaN where none was made now"""
+    eval_loss: float
+    """The last one; NaN without held-out records"""
+    resumed_from: int
+    compilations: int
+    """Of the train step: one a bucket"""
+    skipped: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """What a run reads."""
+
+    tokenizer: Tokenizer
+    train: Dataset
+    plan: Plan
+    held_out: Dataset | None
+    fingerprint: str
+    """Of the samples and their sizes, on which the order of the data depends"""
+
+
+def fit(experiment: Experiment, out: str) -> Summary:
+    """Trains what the experiment describes in the folder `out`, or goes on where an earlier call stopped."""
+    open_run(out, experiment)
+    finished = finished_steps(out)
+    if finished:
+        say(f"{out}: finished already, all {finished} steps are done; nothing to do")
+        return Summary(finished, math.nan, math.nan, finished, 0, 0)
+    mesh = make_mesh(experiment.mesh)
+    with jax.set_mesh(mesh):
+        model = blueprint(experiment, mesh)
+        sources = open_data(experiment, out)
+        total = sources.plan.total_steps(experiment.train)
+        optimizer = make_optimizer(experiment.optim, total, model.trainable)
+        checkpoints = Checkpoints(out, experiment.train.keep)
+        try:
+            # resume priority: the newest complete checkpoint of this folder; else model.adapter over the base; else the base;
+            # else from scratch
+            state, frozen = restored(model, optimizer, checkpoints, sources, out) or fresh(model, optimizer, sources)
+            run = Run(model, optimizer, sources, frozen, checkpoints, out, total, int(state.step))
+            summary = run.train(state)
+        except BaseException:
+            checkpoints.abandon()
+            raise
+        checkpoints.wait()
+        checkpoints.close()
+    report(summary, out, total)
+    return summary
+
+
+def finished_steps(out: str) -> int:
+    """The number of steps of a run that is done, 0 where there is something left to do."""
+    steps = complete_steps(os.path.join(out, FOLDER))
+    if not steps:
+        return 0
+    try:
+        meta = read_meta(os.path.join(out, FOLDER), steps[-1])
+    except (OSError, ValueError):
+        return 0  # damaged: restoring it will tell
+    return steps[-1] if meta.get("step") == meta.get("total_steps") else 0
+
+
+def open_data(experiment: Experiment, out: str) -> Sources:
+    """Tokenizer and data sets, with every check that can be made before the first step."""
+    model, data = experiment.model, experiment.data
+    tokenizer = Tokenizer.from_folder(model.tokenizer or model.base, model.added_tokens, model.pad_token)
+    if tokenizer.size > model.decoder.vocab + len(model.added_tokens):
+        raise UserError(
+            f"{model.tokenizer or model.base}: the tokenizer has {tokenizer.size} tokens, the model "
+            f"{model.decoder.vocab} and {len(model.added_tokens)} added; they do not belong together"
+        )
+    train = scan(experiment, tokenizer, data.records)
+    held_out = scan(experiment, tokenizer, data.eval_records) if data.eval_records else None
+    for text in dict.fromkeys(train.notices + (held_out.notices if held_out else ())):
+        say(text)
+    digest = hashlib.sha256(repr([(s.record.id, s.size) for s in train.samples]).encode()).hexdigest()
+    folder = os.path.join(out, "tokenizer")
+    if is_first() and not os.path.exists(folder):
+        tokenizer.save(f"{folder}.part")
+        os.replace(f"{folder}.part", folder)
+    barrier("tokenizer saved")
+    return Sources(tokenizer, train, train.plan(), held_out, digest)
+
+
+def restored(
+    model: Blueprint, optimizer: Any, checkpoints: Checkpoints, sources: Sources, out: str
+) -> tuple[TrainState, Any] | None:
+    """State and frozen half of a run that goes on."""
+    found = checkpoints.restore(abstract_state(model, optimizer.init), say)
+    if found is None:
+        return None
+    state, meta = found
+    base = model.experiment.model.base
+    if base and base_fingerprint(base) != meta["base_fingerprint"]:
+        raise UserError(f"{base}: is not the base with which {out} was trained (other weights); put the old folder back")
+    if sources.fingerprint != meta["data"]:
+        raise UserError(f"{out}: the training records or the sizes of their token files have changed; use another --out")
+    say(f"going on after step {meta['step']}")
+    return state, frozen_half(model)
+
+
+def fresh(model: Blueprint, optimizer: Any, sources: Sources) -> tuple[TrainState, Any]:
+    """State and frozen half before the first step."""
+    trainable, frozen = start(model)
+    if model.experiment.visual.norm and not model.experiment.model.adapter:
+        say("computing the statistics of the visual input")
+        for name, values in zip(("norm_mean", "norm_sd"), token_statistics(sources.train), strict=True):
+            place = model.trainable["projector"][name].sharding
+            trainable["projector"][name] = jax.make_array_from_callback(values.shape, place, values.__getitem__)
+    abstract = abstract_state(model, optimizer.init)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+    step = jax.jit(lambda: jnp.int32(0), out_shardings=abstract.step.sharding)()
+    return TrainState(step, trainable, opt_state), frozen
+
+
+def report(summary: Summary, out: str, total: int) -> None:
+    """The last lines of a run."""
+    say(f"done: {total} steps, checkpoint in {os.path.join(out, FOLDER, str(total))}; {summary.compilations} compiled steps")
+    if summary.skipped:
+        say(f"{summary.skipped} records were left out; {os.path.join(out, 'skipped.jsonl')} says which and why")
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A step whose metrics are not read yet."""
+
+    step: int
+    metrics: Metrics
+    plan: GlobalBatch
+    batch: Batch
+    data_wait: float
+
+
+class Run:
+    """The steps of one call of `fit`."""
+
+    def __init__(
+        self,
+        model: Blueprint,
+        optimizer: Any,
+        sources: Sources,
+        frozen: Any,
+        checkpoints: Checkpoints,
+        out: str,
+        total: int,
+        begin: int,
+    ):
+        self.model, self.experiment, self.sources, self.frozen = model, model.experiment, sources, frozen
+        self.checkpoints, self.total, self.begin = checkpoints, total, begin
+        objective = TokenCrossEntropy(model.graphdef, model.rules, model.experiment)
+        self.step = make_step(objective, model.experiment, optimizer)
+        self.eval_step = make_eval_step(objective)
+        optim = self.experiment.optim
+        # all rates at once: asking the device for one would wait for the step that it is busy with
+        self.rates = np.asarray(schedule(optim, optim.learning_rate, total)(np.arange(total)))
+        self.counts = weight_counts(flatten(model.trainable), flatten(model.frozen))
+        self.peak = peak_flops(jax.devices()[0]) * jax.device_count()
+        base = self.experiment.model.base
+        self.meta = {
+            "config": to_dict(self.experiment),
+            "total_steps": total,
+            "base": base,
+            "base_fingerprint": base_fingerprint(base) if base else "",
+            "encoder": sources.train.encoder,
+            "data": sources.fingerprint,
+        }
+        self.writer = Writer(out, begin, total) if is_first() else Silent()
+        self.skipped = Skipped(out, sources.train.problems + sources.train.voided, begin)
+        if self.skipped.count:
+            self.writer.say(f"{self.skipped.count} records are left out, see {self.skipped.path}")
+        self.since, self.number = Window(), begin
+        self.loss = self.eval_loss = math.nan
+
+    def train(self, state: TrainState) -> Summary:
+        """All steps from `begin` on. A step's metrics are read while the next one runs."""
+        loader = batches(
+            self.sources.train, self.sources.plan, self.begin, self.model.mesh, self.model.rules, self.total, self.leave_out
+        )
+        try:
+            pending: Done | None = None
+            for number in range(self.begin + 1, self.total + 1):
+                self.number = number
+                plan, batch = next(loader)
+                state, metrics = self.step(state, self.frozen, batch)
+                self.log(pending)
+                pending = Done(number, metrics, plan, batch, loader.data_wait)
+                if self.due(number, self.experiment.train.save_every) or self.due(number, self.experiment.train.eval_every):
+                    # nothing is evaluated or saved before it is known to be sound
+                    self.log(pending)
+                    pending = None
+                    self.boundary(number, state)
+            return Summary(self.total, self.loss, self.eval_loss, self.begin, self.step._cache_size(), self.skipped.count)
+        finally:
+            loader.close()
+            self.skipped.close()
+            self.writer.close()
+
+    def due(self, number: int, every: int) -> bool:
+        return number == self.total or (every > 0 and number % every == 0)
+
+    def boundary(self, number: int, state: TrainState) -> None:
+        """Evaluation before saving, so that a checkpoint has the rows of its step before it."""
+        began = time.perf_counter()
+        if self.sources.held_out is not None and self.due(number, self.experiment.train.eval_every):
+            self.evaluate(number, state)
+        if self.due(number, self.experiment.train.save_every):
+            self.checkpoints.save(state, self.meta | {"step": number})
+        self.since.leave_out(time.perf_counter() - began)
+
+    def log(self, done: Done | None) -> None:
+        """Reads a step's metrics; stops the run if they are not numbers."""
+        if done is None:
+            return
+        loss, norm = float(done.metrics.loss), float(done.metrics.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(explain_poison(done.step, loss, done.metrics, done.plan, done.batch, self.sources.train))
+        self.loss = loss
+        lengths = [self.sources.train.samples[i].size.length for i in done.plan.samples]
+        supervised = int(done.metrics.supervised_tokens)
+        self.since.add(sum(lengths), step_flops(self.experiment, *self.counts, lengths, supervised), done.data_wait)
+        if not self.due(done.step, self.experiment.train.log_every):
+            return
+        window, self.since = self.since, Window()
+        seconds = max(window.spent(), 1e-9)
+        row = {
+            "step": done.step,
+            "loss": loss,
+            "learning_rate": float(self.rates[done.step - 1]),
+            "grad_norm": norm,
+            "tokens_per_second": window.tokens / seconds,
+            "supervised_tokens": supervised,
+            "data_wait": window.data_wait,
+            "seconds": seconds,
+        }
+        self.writer.step(row, {"mfu": window.flops / seconds / self.peak if self.peak else 0.0})
+
+    def evaluate(self, number: int, state: TrainState) -> None:
+        """Loss over all supervised tokens of the held-out records, without dropout."""
+        began = time.perf_counter()
+        loader = evaluation_batches(self.sources.held_out, self.model.mesh, self.model.rules, self.leave_out)
+        sums = []
+        for _, batch in loader:
+            sums.append(self.eval_step(state.trainable, self.frozen, batch))
+        loader.close()
+        total, count = (sum(float(s[i]) for s in sums) for i in range(2))
+        self.eval_loss = total / max(count, 1.0)
+        row = {"step": number, "eval_loss": self.eval_loss, "eval_tokens": int(count)}
+        self.writer.evaluation(row | {"seconds": time.perf_counter() - began})
+
+    def leave_out(self, problem: Any) -> None:
+        """A sample whose files cannot be read, under --on-bad-record skip."""
+        if self.skipped.add(problem, self.number):
+            self.writer.say(f"left out: {problem}")
+
+
+class Window:
+    """What the steps since the last row of metrics add up to."""
+
+    def __init__(self):
+        self.tokens, self.flops, self.data_wait = 0, 0.0, 0.0
+        self._began = time.perf_counter()
+
+    def add(self, tokens: int, flops: float, data_wait: float) -> None:
+        self.tokens += tokens
+        self.flops += flops
+        self.data_wait += data_wait
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that went to evaluating and saving."""
+        self._began += seconds
+
+    def spent(self) -> float:
+        """Seconds."""
+        return time.perf_counter() - self._began

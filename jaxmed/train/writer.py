@@ -1,0 +1,178 @@
+"""What a run tells: rows of metrics.jsonl, TensorBoard scalars, a progress line. Process 0 alone writes.
+
+A row of metrics.jsonl is one JSON object: `step`, `loss`, `learning_rate`, `grad_norm`, `supervised_tokens` (of that step),
+`tokens_per_second`, `data_wait`, `seconds` (of the steps since the row before: tokens that are no padding over seconds of the clock,
+seconds waited for data, seconds of the clock). Rows of an evaluation have `step`, `eval_loss`, `eval_tokens`, `seconds`.
+"""
+
+import errno
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+import tensorboardX
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from jaxmed.errors import UserError
+
+METRICS = "metrics.jsonl"
+PLAIN_SECONDS = 10.0
+"""Between progress lines where there is no terminal"""
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """Whole rows of a JSONL file; a torn last line (the process was killed while writing) is left out."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    break
+                rows.append(json.loads(line))
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{path}: line {len(rows) + 1} is not JSON ({error}); remove the line or the run") from error
+    return rows
+
+
+def cut_rows(path: str, last_step: int) -> None:
+    """Drops rows of steps after `last_step`: a resumed run writes them again."""
+    if os.path.exists(path):
+        kept = [row for row in read_rows(path) if row.get("step", 0) <= last_step]
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def replace_file(path: str, text: str) -> None:
+    """Writes a file whole or not at all."""
+    try:
+        with open(f"{path}.part", "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.part", path)
+    except OSError as error:
+        raise _full(error, path) from error
+
+
+def _full(error: OSError, path: str) -> BaseException:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{path}: the disk is full; free some space and run the same command again to go on")
+    return error
+
+
+class JsonLines:
+    """Appends rows; each is on its way to the disk before `add` returns."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (kept open as long as the run)
+
+    def add(self, row: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _full(error, self.path) from error
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError as error:  # what a full disk did not take is still in the buffer
+            raise _full(error, self.path) from error
+
+
+class Writer:
+    """The voice of process 0; the other processes have `Silent`."""
+
+    def __init__(self, run: str, start: int, total: int):
+        """`start`: steps done. Rows beyond it, of a run that was killed, are dropped."""
+        path = os.path.join(run, METRICS)
+        cut_rows(path, start)
+        self._rows = JsonLines(path)
+        self._board = tensorboardX.SummaryWriter(os.path.join(run, "tensorboard"), purge_step=start + 1)
+        self._line = ProgressLine(start, total)
+
+    def step(self, row: dict[str, Any], shown: dict[str, Any]) -> None:
+        """`shown`: what the progress line has beyond the row (`mfu`, 0 where the chip's peak is not known)."""
+        self._rows.add(row)
+        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait"):
+            self._board.add_scalar(f"train/{name}", row[name], row["step"])
+        self._line.step(row | shown)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        self._rows.add(row)
+        self._board.add_scalar("eval/loss", row["eval_loss"], row["step"])
+        self._line.say(f"step {row['step']}: evaluation loss {row['eval_loss']:.4f} over {row['eval_tokens']} tokens")
+
+    def say(self, text: str) -> None:
+        self._line.say(text)
+
+    def close(self) -> None:
+        self._line.close()
+        self._board.close()
+        self._rows.close()
+
+
+class Silent:
+    """The writer of every process but the first."""
+
+    def step(self, row: dict[str, Any], shown: dict[str, Any]) -> None: ...
+
+    def evaluation(self, row: dict[str, Any]) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class ProgressLine:
+    """One line that moves on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, start: int, total: int):
+        self.total, self.console = total, Console(file=sys.stderr)
+        self._began, self._start, self._told = time.perf_counter(), start, -math.inf
+        self._bar: Progress | None = None
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.fields[text]}"), BarColumn(bar_width=None), TextColumn("{task.fields[left]}"))
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task("", total=total, completed=start, text="compiling the step ...", left="")
+            self._bar.start()
+
+    def step(self, row: dict[str, Any]) -> None:
+        text = (
+            f"step {row['step']}/{self.total}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
+            f"{row['tokens_per_second']:,.0f} tokens/s"
+        )
+        text += f"  MFU {row['mfu']:.0%}" if row["mfu"] else ""
+        now = time.perf_counter()
+        left = (now - self._began) / max(row["step"] - self._start, 1) * (self.total - row["step"])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], text=text, left=f"{duration(left)} left")
+        elif now - self._told >= PLAIN_SECONDS or row["step"] == self.total:
+            self._told = now
+            print(f"{text}  {duration(left)} left", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """`1 d 4 h`, `2 h 05 min`, `3 min 20 s`, `12 s`"""
+    seconds = round(seconds)
+    if seconds >= 86400:
+        return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
+    if seconds >= 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    return f"{seconds // 60} min {seconds % 60:02d} s" if seconds >= 60 else f"{seconds} s"
