@@ -1,6 +1,6 @@
 """BTB3D report generation over 8x8x8 CT tokens: 2x2 neighbours merged, 72 features a token.
 
-    jaxmed train btb3d_8x8x8 --model.base Llama-3.1-8B-Instruct --data.records train.json --data.embeddings encoded/ --out runs/8
+    jaxmed train btb3d_8x8x8 --model.base Llama-3.1-8B-Instruct --data.records train.json --data.embeddings tokens/ --out runs/8
 
 The files hold 18 channels on a (31, 64, 64) grid; the merge happens when they are read. LoRA rank 64 as published.
 """

@@ -1,6 +1,6 @@
 """Alignment stage: the projector alone is trained, with the plain template (the question is discarded).
 
-    jaxmed train btb3d_align --model.base Llama-3.1-8B-Instruct --data.records train.json --data.embeddings encoded/ --out runs/0
+    jaxmed train btb3d_align --model.base Llama-3.1-8B-Instruct --data.records train.json --data.embeddings tokens/ --out runs/0
 
 Go on with `jaxmed train btb3d ... --model.adapter runs/0`.
 """

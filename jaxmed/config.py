@@ -158,7 +158,7 @@ class VisualConfig:
     grid: tuple[int, int, int] = (31, 32, 32)
     """Token grid (depth, rows, columns) after merging; needed by `codes`, by the pool's position code and by planning."""
     merge: tuple[int, int, int] = (1, 1, 1)
-    """Neighbouring tokens (depth, rows, columns) merged into one token's features as a file is read; (1, 2, 2) for 8x8x8 files."""
+    """Neighbours (depth, rows, columns) merged into one token's features as a file is read; (1, 2, 2) for 8x8x8 files."""
     channel_order: Literal["identity", "reverse"] = "identity"
     """`reverse` flips the channels of the file before merging."""
     encoder: str = ""
@@ -247,7 +247,7 @@ class TrainConfig:
     loss_reduction: Literal["token", "microbatch"] = "token"
     """`token`: mean over the optimizer batch's supervised tokens; `microbatch`: mean of the microbatches' means (upstream)."""
     remat: Literal["none", "full", "attention", "offload"] = "full"
-    """What the backward pass recomputes: nothing, each block, or each block but its attention (`offload` keeps that on the host)."""
+    """What is recomputed backward: nothing, each block, or each block but its attention (`offload` keeps that on the host)."""
     loss_chunk: int = 256
     """Supervised positions whose logits exist at once."""
     attention_chunk: int = 512

@@ -157,7 +157,7 @@ class Decoder(nnx.Module):
         return self.norm(h, rules), KVCache(keys, values, positions, valid, cache.cursor + 1)
 
     def _run_cached(self, h: jax.Array, angles: Any, attend: Any, cache: KVCache, rules: Rules):
-        """All blocks, each with its layer's cache. A stacked cache rides in the carry: as inputs and outputs it would be copied."""
+        """All blocks, each with its layer's cache. A stacked cache rides in the carry: elsewhere it would be copied."""
         if self.split:
             kept = []
             for block, keys, values in zip(self.blocks, cache.keys, cache.values, strict=True):

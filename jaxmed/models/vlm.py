@@ -73,7 +73,7 @@ def gather_tokens(features: jax.Array, image_index: jax.Array, rules: Rules) -> 
 
 
 def unpack_codes(codes: jax.Array, visual: VisualConfig) -> jax.Array:
-    """uint32 codes [B, I, N'] of the file's grid, channel 0 the highest bit -> ±1 [B, I, N, C], channel order and merge applied."""
+    """uint32 codes [B, I, N'] of the file's grid, channel 0 the highest bit -> ±1 [B, I, N, C], ordered and merged."""
     shifts = jnp.arange(CODE_BITS - 1, -1, -1, dtype=jnp.uint32)
     bits = (codes[..., None] >> shifts) & 1
     x = jnp.where(bits == 1, 1.0, -1.0)
