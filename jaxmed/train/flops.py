@@ -1,8 +1,8 @@
 """Model FLOPs of a training step, for MFU: what the mathematics needs, recomputation not counted.
 
-A product with a weight costs 2 FLOPs a parameter and token forward, 2 for the gradient of its input, 2 more for its own gradient if it
-is trained. Causal attention over T costs 2 T D a layer and token forward, 2.5 times that backward (with the recomputation
-that every flash kernel does).
+A product with a weight costs 2 FLOPs a parameter and token forward, 2 for the gradient of its input, 2 more for its own
+gradient if it is trained. Causal attention over T costs 2 T D a layer and token forward, 2.5 times that backward (with the
+recomputation that every flash kernel does).
 """
 
 import math

@@ -16,7 +16,7 @@ FLOOR = 0.01
 
 
 def token_statistics(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """-> mean, sd, both [N, C] float32. Positions that no file fills have mean 0, sd 1. Every file counts once, in the order of names."""
+    """-> mean, sd, both [N, C] float32; 0 and 1 at positions that no file fills. Every file counts once, in order of name."""
     visual = dataset.experiment.visual
     total = np.zeros((visual.tokens, visual.features))
     squares, count = np.zeros_like(total), np.zeros((visual.tokens, 1))

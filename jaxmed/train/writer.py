@@ -1,8 +1,8 @@
 """What a run tells: rows of metrics.jsonl, TensorBoard scalars, a progress line. Process 0 alone writes.
 
 A row of metrics.jsonl is one JSON object: `step`, `loss`, `learning_rate`, `grad_norm`, `supervised_tokens` (of that step),
-`tokens_per_second`, `data_wait`, `seconds` (of the steps since the row before: tokens that are no padding over seconds of the clock,
-seconds waited for data, seconds of the clock). Rows of an evaluation have `step`, `eval_loss`, `eval_tokens`, `seconds`.
+`tokens_per_second`, `data_wait`, `seconds` (of the steps since the row before: tokens without padding over `seconds`, seconds
+waited for data, seconds of the clock). Rows of an evaluation have `step`, `eval_loss`, `eval_tokens`, `seconds`.
 """
 
 import errno

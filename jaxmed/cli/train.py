@@ -1,0 +1,59 @@
+"""`jaxmed train CONFIG [flags] --out RUN`: fine-tune as a config says; started again, it goes on where it stopped."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from jaxmed.cli import common
+from jaxmed.cli.validate import given_flags, resolve
+from jaxmed.config import Experiment
+from jaxmed.distributed import initialise, say
+
+HELP = "Fine-tune a model on records and their images; the same command goes on after an interruption"
+
+DESCRIPTION = """Train what CONFIG describes: a shipped config by name ({configs})
+or the path of a Python file with get_config(). Every field of the config is a flag; the defaults below are those of {config}.
+Killed at any moment, the same command goes on.
+Short forms: --on-bad-record for --data.on-bad-record, --set KEY=VALUE for --KEY VALUE (--set lora.alpha=12).
+
+    jaxmed train btb3d --model.base Llama-3.1-8B-Instruct --data.records train.json --data.embeddings encoded/ --out runs/1"""
+
+
+@dataclass(frozen=True)
+class Args:
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    out: str
+    """Folder of the run: config.json, metrics.jsonl, checkpoints/, tokenizer/, skipped.jsonl, tensorboard/"""
+
+
+def run(argv: list[str]) -> int:
+    config, flags = common.split_config(argv, "train")
+    flags = long_forms(flags)
+    default = Args(common.load_experiment(config), out=tyro.MISSING)
+    description = DESCRIPTION.format(configs=", ".join(common.shipped_configs()), config=config)
+    args = common.parse(Args, flags, prog="jaxmed train CONFIG", description=description, default=default)
+    initialise(args.experiment.distributed)
+    experiment, notices = resolve(args.experiment, given_flags(flags))
+    for text in notices:
+        say(text)
+    # imported late: --help and the errors above need no Orbax
+    from jaxmed.train.loop import fit
+
+    fit(experiment, args.out)
+    return 0
+
+
+def long_forms(argv: list[str]) -> list[str]:
+    """The flags that all commands share, as names of fields."""
+    flags: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name in ("--on-bad-record", "--on_bad_record"):
+            flags.append(f"--data.on-bad-record{equals}{value}")
+        elif name == "--set":
+            flags.append("--" + (value if equals else next(rest, "")))
+        else:
+            flags.append(argument)
+    return flags
