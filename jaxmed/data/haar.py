@@ -70,6 +70,11 @@ def band_names(config: EncodeConfig) -> tuple[str, ...]:
     return config.bands or default_bands(config.levels)
 
 
+def check_bands(config: EncodeConfig) -> None:
+    """ConfigError for a band that the levels do not give."""
+    _parsed(band_names(config), config.levels)
+
+
 def signature(config: EncodeConfig) -> str:
     """The `encoder` of a file: everything that its tokens depend on but the volume."""
 

@@ -20,6 +20,10 @@ NOISE_SD = 25.0
 AIR, FAT, TISSUE, LUNG, EMPHYSEMA, BONE = -1000.0, -100.0, 40.0, -860.0, -945.0, 350.0
 LUNG_AXES = (58.0, 80.0, 128.0)
 LUNG_CENTRE = (73.0, 4.0, 8.0)
+# Upper, middle and lower zone in the lung's own coordinates, and how far from their middles nodules lie. Anywhere in the
+# lung would be fair as well, but takes several times the studies to learn (a linear probe: F1 0.8 instead of 0.95).
+NODULE_ZONES = ((0.1, 0.0, 0.5), (0.1, 0.0, 0.1), (0.1, 0.0, -0.3))
+NODULE_SPREAD = 0.2
 Triple = tuple[float, float, float]
 
 
@@ -203,7 +207,9 @@ def _draw_nodule(canvas: _Canvas, lung: _Lung, rng: np.random.Generator) -> None
     radius = rng.uniform(15, 24)
     best, best_air = lung.centre, -1.0
     for _ in range(12):
-        centre = lung.at(_inside(rng, 0.6))
+        zone = NODULE_ZONES[rng.integers(len(NODULE_ZONES))]
+        x, y, z = _inside(rng, NODULE_SPREAD)
+        centre = lung.at((zone[0] + x, zone[1] + y, zone[2] + z))
         around = canvas.ellipsoid(centre, (radius * 1.35,) * 3)
         air = float((around.coverage * (canvas.hu[around.box] < -650)).sum() / around.coverage.sum())
         if air > best_air:

@@ -1,0 +1,162 @@
+"""A folder of CT volumes to a flat folder of signed token files, in several processes, going on where it stopped.
+
+`x.nii.gz` anywhere below the folder becomes `OUT/x.nii_embedded.npz`, `arr` (1, C, T, H, W) float32, with the encoder's
+signature. A file that is there is whole (it is renamed into place), so it is left alone; one of another encoder is refused.
+"""
+
+import functools
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxmed.config import EncodeConfig
+from jaxmed.data import haar
+from jaxmed.data.embeddings import npz_name, write_npz
+from jaxmed.data.embeddings import read_header as read_npz_header
+from jaxmed.data.metadata import Metadata, VolumeMetadata
+from jaxmed.data.parallel import over_items
+from jaxmed.data.volumes import Override, preprocess, read_header, read_volume
+from jaxmed.errors import BadRecords, Problem, UserError
+
+ENDINGS = (".nii.gz", ".nii")
+# Canvases below this many voxels are encoded in milliseconds.
+SMALL = 2**20
+
+
+@dataclass(frozen=True)
+class EncodeSummary:
+    written: int
+    present: int
+    """Files that were there already"""
+    skipped: tuple[Problem, ...]
+    readings: dict[str, int]
+    """Which rule gave the Hounsfield units -> number of volumes"""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    path: str
+    metadata: VolumeMetadata | None
+    out: str
+
+
+def find_volumes(folder: str) -> list[str]:
+    """Every NIfTI file below a folder, sorted. Token files lie flat, so names must differ over all subfolders."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no such folder; --volumes takes the folder of the NIfTI files")
+    found: dict[str, str] = {}
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        for file in sorted(files):
+            if file.startswith(".") or not file.endswith(ENDINGS):
+                continue
+            path, name = os.path.join(parent, file), npz_name(file)
+            if name in found:
+                raise UserError(f"{found[name]} and {path} would both become {name}; rename one of them")
+            found[name] = path
+    if not found:
+        raise UserError(f"{folder}: no .nii or .nii.gz file in it or below")
+    return sorted(found.values())
+
+
+def encode_folder(
+    volumes: str,
+    out: str,
+    config: EncodeConfig,
+    metadata: str = "",
+    override: Override = "auto",
+    on_bad_record: Literal["stop", "skip"] = "stop",
+    processes: int = 0,
+) -> EncodeSummary:
+    """Encode every volume that has no token file yet.
+
+    Headers and metadata rows of all of them are checked first and their problems listed at once; what only the voxels
+    tell (no air, NaN, a cut file) is found on the way. `skip` lists both in OUT/skipped.jsonl.
+    """
+    started = time.monotonic()
+    names = haar.band_names(config)
+    haar.check_bands(config)
+    paths = find_volumes(volumes)
+    table = Metadata(metadata) if metadata else None
+    if override == "csv" and not table:
+        raise UserError("--hu csv needs the rescale of a metadata CSV; pass --metadata")
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from None
+    missing = [path for path in paths if not _present(os.path.join(out, npz_name(os.path.basename(path))), config)]
+    jobs, problems = _check(missing, table, out)
+    if problems and on_bad_record == "stop":
+        raise BadRecords(problems)
+    readings: Counter[str] = Counter()
+    job = functools.partial(_encode_one, config=config, override=override)
+    small = config.canvas[0] * config.canvas[1] * config.canvas[2] <= SMALL
+    results = over_items(job, jobs, processes, f"Encoding ({len(names)} features)", small)
+    for result in results:
+        if isinstance(result, str):
+            readings[result] += 1
+            continue
+        problems.append(result)
+        if on_bad_record == "stop":
+            results.close()
+            raise BadRecords(problems)
+    _write_skipped(out, problems)
+    return EncodeSummary(
+        readings.total(), len(paths) - len(missing), tuple(problems), dict(readings), time.monotonic() - started
+    )
+
+
+def _present(path: str, config: EncodeConfig) -> bool:
+    """Whether the file is there. Tokens of two encoders in one folder would be mistaken for each other."""
+    if not os.path.exists(path):
+        return False
+    header = read_npz_header(path)
+    if header.encoder != haar.signature(config):
+        raise UserError(
+            f"{path} was written by {header.encoder or 'an encoder that did not sign'}, this is {haar.signature(config)}; "
+            "give another --out, or remove the old files"
+        )
+    return True
+
+
+def _check(paths: list[str], table: Metadata | None, out: str) -> tuple[list[_Job], list[Problem]]:
+    """What can be told without voxels."""
+    jobs, problems = [], []
+    for path in paths:
+        try:
+            read_header(path)
+            row = table.of(path) if table else None
+        except UserError as error:
+            problems.append(_problem(path, error))
+        else:
+            jobs.append(_Job(path, row, os.path.join(out, npz_name(os.path.basename(path)))))
+    return jobs, problems
+
+
+def _encode_one(job: _Job, config: EncodeConfig, override: Override) -> str | Problem:
+    """The rule that gave the Hounsfield units, in words, or what keeps the volume from being encoded."""
+    try:
+        volume = read_volume(job.path, job.metadata, override)
+        tokens = haar.encode(preprocess(volume, config), config)
+    except UserError as error:
+        return _problem(job.path, error)
+    write_npz(job.out, tokens, haar.signature(config))
+    return volume.reading.chosen
+
+
+def _problem(path: str, error: UserError) -> Problem:
+    return Problem(path, str(error).removeprefix(f"{path}: "))
+
+
+def _write_skipped(out: str, problems: list[Problem]) -> None:
+    """What this call left out; a call that leaves nothing out removes an older list."""
+    path = os.path.join(out, "skipped.jsonl")
+    if problems:
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"where": p.where, "what": p.what}) + "\n" for p in problems)
+    elif os.path.exists(path):
+        os.unlink(path)
