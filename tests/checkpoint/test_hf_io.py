@@ -217,8 +217,8 @@ def test_weight_files_of_the_golden_base():
 
 
 def test_no_more_is_read_than_asked_for(tmp_path):
-    """A sparse file of 64 GB: opening and slicing it must not touch the rest."""
-    rows, columns = 2**21, 2**13
+    """A sparse file of 16 GB: opening and slicing it must not touch the rest."""
+    rows, columns = 2**21, 2**11
     entry = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [0, rows * columns * 4]}
     raw = json.dumps({"vast": entry}).encode()
     with open(tmp_path / "model.safetensors", "wb") as file:
