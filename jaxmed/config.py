@@ -423,3 +423,20 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
 
 def from_json(cls: type, text: str) -> Any:
     return from_dict(cls, json.loads(text))
+
+
+def replace_field(config: Any, name: str, value: Any) -> Any:
+    """`config` with the dotted field `name`, such as `lora.alpha`, set to `value` (text is read as the field's type)."""
+    first, _, rest = name.partition(".")
+    fields = typing.get_type_hints(type(config))
+    _require(first in fields, f"no config field {name!r}; {type(config).__name__} has {', '.join(fields)}")
+    current = getattr(config, first)
+    if rest:
+        _require(dataclasses.is_dataclass(current), f"config field {first!r} has no field {rest!r}")
+        return dataclasses.replace(config, **{first: replace_field(current, rest, value)})
+    if isinstance(value, str) and isinstance(current, int | float):
+        try:
+            value = value == "true" if isinstance(current, bool) else type(current)(value)
+        except ValueError as error:
+            raise ConfigError(f"{name} is {value!r}; a number is needed") from error
+    return dataclasses.replace(config, **{first: tuple(value) if isinstance(current, tuple) else value})

@@ -109,8 +109,8 @@ def replicated(mesh: Mesh, ndim: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * ndim))
 
 
-def batch_specs(rules: Rules, order: Order = "natural") -> Batch:
-    """A Batch of specs."""
+def batch_specs(rules: Rules, order: Order = "natural", image_ndim: int = 4) -> Batch:
+    """A Batch of specs; `image_ndim` is 4 for embeddings, 3 for packed codes."""
     along_t, row = rules.spec("batch", "length"), rules.spec("batch", None)
     return Batch(
         tokens=along_t,
@@ -119,7 +119,7 @@ def batch_specs(rules: Rules, order: Order = "natural") -> Batch:
         image_index=along_t,
         supervised=row,
         labels=row,
-        images=rules.spec("batch", None, None, None),
+        images=rules.spec("batch", *[None] * (image_ndim - 1)),
         image_token_mask=rules.spec("batch", None, None),
         image_grid=rules.spec("batch", None, None),
         order=order,

@@ -166,7 +166,28 @@ def load_tokens(path: str, visual: VisualConfig) -> tuple[np.ndarray, Grid]:
             array = archive[header.key][0]
     except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
         raise UserError(f"{path}: `{header.key}` cannot be read ({error}); copy or encode the file again") from None
-    grid = merged_grid(header, visual)
+    return _checked_tokens(header, array, visual)
+
+
+def array_tokens(array: np.ndarray, visual: VisualConfig) -> tuple[np.ndarray, Grid]:
+    """As `load_tokens`, of an array as a file holds it: floats ([1,] C, T, H, W) or uint32 codes ([1,] T, H, W)."""
+    key = "codes" if array.dtype == np.uint32 else "arr"
+    axes = 3 if key == "codes" else 4
+    if array.ndim == axes + 1 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != axes or (key == "arr" and array.dtype.kind != "f"):
+        shape = "uint32 (1, T, H, W)" if key == "codes" else "floating point (1, C, T, H, W)"
+        raise UserError(f"an image array has shape {array.shape} and dtype {array.dtype}; {shape} is needed")
+    shape = (CODE_BITS, *array.shape) if key == "codes" else array.shape
+    header = Header("array", shape, str(array.dtype), key, "")
+    problem = header_problem(header, visual)
+    if problem:
+        raise UserError(f"an image array: {problem}")
+    return _checked_tokens(header, array, visual)
+
+
+def _checked_tokens(header: Header, array: np.ndarray, visual: VisualConfig) -> tuple[np.ndarray, Grid]:
+    path, grid = header.path, merged_grid(header, visual)
     if header.key == "codes" and array.max() >> CODE_BITS:
         raise UserError(f"{path}: a code is {array.max()}, above {2**CODE_BITS - 1}; encode the volume again")
     if visual.kind == "codes":

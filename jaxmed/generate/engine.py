@@ -47,7 +47,7 @@ class Engine:
         model = (graphdef, experiment, rules, limits)
         self._generate = jax.jit(partial(_generate, *model), static_argnums=(3, 4))
         self._logits = jax.jit(partial(_prompt_logits, *model))
-        self._image_tokens = jax.jit(partial(_image_tokens, *model))
+        self._image_arrays = jax.jit(partial(_image_arrays, *model))
 
     def __call__(self, batch: Batch, keys: jax.Array, sampling: Sampling, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """batch: left-padded prompts, rows without any token are empty; keys [B] typed, one a row, which carry the seed
@@ -63,10 +63,10 @@ class Engine:
         with jax.set_mesh(self.mesh):
             return self._logits(self.params, batch)
 
-    def image_tokens(self, batch: Batch) -> jax.Array:
-        """[B, I * N, D] after the projector (pooled: [B, I * queries, D])."""
+    def image_arrays(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Before the projector [B, I, N, C], and after it [B, I * N, D] (pooled: [B, I * queries, D])."""
         with jax.set_mesh(self.mesh):
-            return self._image_tokens(self.params, batch)
+            return self._image_arrays(self.params, batch)
 
     @property
     def compilations(self) -> int:
@@ -168,5 +168,8 @@ def _prompt_logits(graphdef: Any, experiment: Experiment, rules: Rules, limits: 
     return model.decoder.logits(model(batch, rules, None), rules, None)
 
 
-def _image_tokens(graphdef: Any, experiment: Experiment, rules: Rules, limits: Limits, params: Any, batch: Batch) -> jax.Array:
-    return nnx.merge(graphdef, params).image_tokens(batch, rules)
+def _image_arrays(
+    graphdef: Any, experiment: Experiment, rules: Rules, limits: Limits, params: Any, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    model = nnx.merge(graphdef, params)
+    return model.features(batch), model.image_tokens(batch, rules)

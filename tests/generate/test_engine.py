@@ -19,7 +19,7 @@ from jaxmed.config import (
     VisualConfig,
 )
 from jaxmed.generate.engine import Engine, Limits
-from jaxmed.generate.prompts import Image, Prompt, left_padded, put
+from jaxmed.generate.prompts import Bucket, Image, Prompt, left_padded, put
 from jaxmed.generate.sampling import Sampling, choose
 from jaxmed.models.vlm import Vlm
 from jaxmed.sharding import make_mesh, rules_for, state_specs, to_shardings
@@ -42,6 +42,8 @@ EXPERIMENT = Experiment(
     visual=VisualConfig(images=2, tokens=6, features=5, grid=(1, 2, 3)),
     lora=LoraConfig(rank=0),
 )
+
+BUCKET = Bucket(images=2, tokens=8, stride=8, text=24)
 
 
 def build(split: bool, shape=(1, 1, 1, 1), experiment=EXPERIMENT):
@@ -74,7 +76,7 @@ def greedy_without_cache(graphdef, params, mesh, rules, prompt, steps, penalty=1
     for _ in range(steps):
         grown = Prompt(np.concatenate([prompt.ids, np.asarray(made, np.int32)]), prompt.images)
         with jax.set_mesh(mesh):
-            batch = put(left_padded([grown], 1, 48, EXPERIMENT), mesh, rules)
+            batch = put(left_padded([grown], 1, BUCKET, EXPERIMENT), mesh, rules)
             model = nnx.merge(graphdef, params)
             logits = np.array(model.decoder.logits(model(batch, rules, None), rules, None)[0, -1])
         for token in set(made):
@@ -94,7 +96,7 @@ def oracle():
 def test_cached_greedy_ids_equal_those_without_a_cache(oracle, split, shape):
     graphdef, params, mesh, rules = build(split, shape)
     engine = Engine(graphdef, params, EXPERIMENT, mesh, rules, Limits(eos_ids=(), blocked=(90, 91)))
-    batch = put(left_padded(prompts(), 4, 40, EXPERIMENT), mesh, rules)
+    batch = put(left_padded(prompts(), 4, BUCKET, EXPERIMENT), mesh, rules)
     tokens, lengths = engine(batch, jax.random.split(jax.random.key(0), 4), Sampling(), 7)
     assert [list(t) for t in tokens[:3]] == oracle
     assert list(lengths) == [7, 7, 7, 0], "the empty row makes no token"
@@ -104,7 +106,7 @@ def test_an_end_token_stops_its_row_alone_and_is_kept(oracle):
     graphdef, params, mesh, rules = build(True)
     end = oracle[0][2]
     engine = Engine(graphdef, params, EXPERIMENT, mesh, rules, Limits(eos_ids=(end,), blocked=(90, 91)))
-    batch = put(left_padded(prompts(), 3, 40, EXPERIMENT), mesh, rules)
+    batch = put(left_padded(prompts(), 3, BUCKET, EXPERIMENT), mesh, rules)
     tokens, lengths = engine(batch, jax.random.split(jax.random.key(0), 3), Sampling(), 7)
     first = oracle[0].index(end) + 1
     assert list(tokens[0, :first]) == oracle[0][:first] and lengths[0] == first
@@ -117,7 +119,7 @@ def test_an_end_token_stops_its_row_alone_and_is_kept(oracle):
 def test_repetition_penalty_counts_the_answer_and_not_the_prompt():
     graphdef, params, mesh, rules = build(True)
     engine = Engine(graphdef, params, EXPERIMENT, mesh, rules, Limits(eos_ids=(), blocked=(90, 91)))
-    batch = put(left_padded(prompts(), 3, 40, EXPERIMENT), mesh, rules)
+    batch = put(left_padded(prompts(), 3, BUCKET, EXPERIMENT), mesh, rules)
     tokens, _ = engine(batch, jax.random.split(jax.random.key(0), 3), Sampling(repetition_penalty=1.7), 7)
     assert list(tokens[0]) == greedy_without_cache(graphdef, params, mesh, rules, prompts()[0], 7, penalty=1.7)
 
@@ -127,11 +129,11 @@ def test_a_draw_depends_on_its_key_and_not_on_the_batch():
     engine = Engine(graphdef, params, EXPERIMENT, mesh, rules, Limits(eos_ids=()))
     keys = jax.random.split(jax.random.key(5), 3)
     warm = Sampling(temperature=1.3, top_k=20, top_p=0.9)
-    whole = engine(put(left_padded(prompts(), 3, 40, EXPERIMENT), mesh, rules), keys, warm, 7)[0]
-    turned = engine(put(left_padded(prompts()[::-1], 3, 40, EXPERIMENT), mesh, rules), keys[::-1], warm, 7)[0]
+    whole = engine(put(left_padded(prompts(), 3, BUCKET, EXPERIMENT), mesh, rules), keys, warm, 7)[0]
+    turned = engine(put(left_padded(prompts()[::-1], 3, BUCKET, EXPERIMENT), mesh, rules), keys[::-1], warm, 7)[0]
     np.testing.assert_array_equal(whole, turned[::-1])
     other = engine(
-        put(left_padded(prompts(), 3, 40, EXPERIMENT), mesh, rules), jax.random.split(jax.random.key(6), 3), warm, 7
+        put(left_padded(prompts(), 3, BUCKET, EXPERIMENT), mesh, rules), jax.random.split(jax.random.key(6), 3), warm, 7
     )[0]
     assert (whole != other).any()
 

@@ -1,0 +1,103 @@
+"""The weights of a model for generation: adapters merged, layers split where the device wants it so.
+
+Frozen weights stream from the base folder straight into separate per-layer arrays (on TPU: into stacked ones); only what was
+trained passes through a stacked form. Merging is W + alpha / rank * B A in float32.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxmed.checkpoint.adapter import upstream_sources
+from jaxmed.checkpoint.hf_io import open_folder
+from jaxmed.checkpoint.hf_tables import decoder_rows
+from jaxmed.checkpoint.load import read_params
+from jaxmed.config import Experiment, LoraConfig
+from jaxmed.models.vlm import Vlm
+from jaxmed.nn.linear import Adapter, merged_weight
+from jaxmed.sharding import Rules, state_specs, to_shardings
+from jaxmed.train.init import Leaves, blueprint, flatten, materialise, unflatten
+from jaxmed.train.optim import Path
+
+BLOCKS = ("decoder", "blocks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model that is ready to generate."""
+
+    graphdef: nnx.GraphDef
+    params: Any
+    """Nested dict of arrays in model.dtype; in a split model `decoder/blocks` has a dict a layer"""
+    experiment: Experiment
+    """Without LoRA: the adapters are merged"""
+
+
+def splits_layers(platform: str) -> bool:
+    """Whether layers are separate arrays on a platform (see jaxmed.models.decoder)."""
+    return platform != "tpu"
+
+
+def load_weights(experiment: Experiment, mesh: Mesh, rules: Rules, split: bool) -> Weights:
+    """Everything from `model.base` and `model.adapter`. The mesh must be entered; `rules` has no length axis."""
+    merged = dataclasses.replace(experiment, lora=LoraConfig(rank=0))
+    graphdef, state = nnx.split(jax.eval_shape(lambda: Vlm(merged, jax.random.key(0), split=split)))
+    dtype = jnp.dtype(experiment.model.dtype)
+    shardings = flatten(to_shardings(state_specs(state, rules), mesh))
+    shapes = flatten(nnx.to_pure_dict(state))
+    wanted = {path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path]) for path, leaf in shapes.items()}
+
+    plan = blueprint(experiment, mesh)
+    trained = materialise(experiment, flatten(plan.trainable), complete=False)
+    parts = unstacked(trained) if split else trained
+    missing = {path: leaf for path, leaf in wanted.items() if path not in parts}
+    frozen = _frozen(experiment, missing, plan.frozen, split)
+    merge = _merger(Adapter(experiment.lora.rank, experiment.lora.alpha), dtype)
+    params = {}
+    for path, leaf in wanted.items():
+        weight = parts[path] if path in parts else frozen.pop(path)
+        adapter = [parts.get((*path[:-1], name)) for name in ("lora_a", "lora_b")]
+        params[path] = merge(weight, *adapter, leaf.sharding) if adapter[1] is not None else weight.astype(dtype)
+    return Weights(graphdef, unflatten(params), merged)
+
+
+def _frozen(experiment: Experiment, missing: Leaves, stacked: Any, split: bool) -> Leaves:
+    """The parameters that were not trained: from the base folder, else freshly initialised as training had them."""
+    model = experiment.model
+    if not model.base:
+        fresh = materialise(experiment, flatten(stacked), complete=False)
+        return unstacked(fresh) if split else fresh
+    more_rows, more_sources, _ = upstream_sources(experiment)
+    rows = decoder_rows(model.decoder, len(model.added_tokens)) + more_rows
+    return flatten(read_params(rows, [open_folder(model.base), *more_sources], unflatten(missing), partial=True))
+
+
+def unstacked(leaves: Leaves) -> Leaves:
+    """Parameters of stacked blocks -> one a layer; the others as they are."""
+    result: Leaves = {}
+    for path, leaf in leaves.items():
+        if path[:2] != BLOCKS:
+            result[path] = leaf
+            continue
+        spec = NamedSharding(leaf.sharding.mesh, type(leaf.sharding.spec)(*leaf.sharding.spec[1:]))
+        for layer in range(leaf.shape[0]):
+            result[layer_path(path, layer)] = jax.device_put(leaf[layer], spec)
+    return result
+
+
+def layer_path(path: Path, layer: int) -> Path:
+    return (*BLOCKS, layer, *path[2:])
+
+
+def _merger(adapter: Adapter, dtype: jnp.dtype):
+    """-> (weight, lora_a, lora_b, sharding) -> the merged weight in `dtype`"""
+
+    def merge(weight: jax.Array, a: jax.Array, b: jax.Array, sharding: NamedSharding) -> jax.Array:
+        join = jax.jit(lambda w, a, b: merged_weight(w, a, b, adapter.scale).astype(dtype), out_shardings=sharding)
+        return join(weight, a, b)
+
+    return merge
