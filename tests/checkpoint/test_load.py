@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from tiny_llama import abstract_of, decoder_abstract, one_device, save_llama
 
 from jaxmed.checkpoint.folders import llava_experiment
 from jaxmed.checkpoint.hf_config import decoder_of
 from jaxmed.checkpoint.hf_io import open_folder
 from jaxmed.checkpoint.hf_tables import decoder_rows, experiment_rows
 from jaxmed.checkpoint.load import export_names, match_params, read_params, read_slice
-from jaxmed.config import Experiment, LoraConfig, MeshConfig, ModelConfig, VisualConfig
+from jaxmed.config import Experiment, LoraConfig, ModelConfig, VisualConfig
 from jaxmed.errors import UserError
 from jaxmed.models.decoder import Decoder, padded_vocab
 from jaxmed.models.vlm import Vlm
 from jaxmed.nn.attention import Layout
-from jaxmed.sharding import Rules, make_mesh
+from jaxmed.sharding import Rules
 from jaxmed.train.step import is_trainable
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "btb3d"
@@ -38,59 +38,11 @@ RUNS = {
 }
 
 
-def one_device():
-    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
-
-
-def abstract_of(build, dtype=jnp.float32):
-    with jax.set_mesh(one_device()):
-        tree = nnx.to_pure_dict(nnx.state(nnx.eval_shape(build)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
-
-
 def flat(tree) -> dict[str, np.ndarray]:
     return {
         "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in keys): np.asarray(leaf)
         for keys, leaf in jax.tree.leaves_with_path(tree)
     }
-
-
-def save_llama(path: Path, dtype=torch.float32, **changes) -> LlamaForCausalLM:
-    """A random model of odd sizes, saved in many shards."""
-    torch.manual_seed(11)
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 3456.0,
-        "factor": 5.0,
-        "low_freq_factor": 1.5,
-        "high_freq_factor": 3.0,
-        "original_max_position_embeddings": 16,
-    }
-    sizes = {
-        "vocab_size": 331,
-        "hidden_size": 42,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 10,
-        "intermediate_size": 57,
-        "rms_norm_eps": 3e-4,
-        "initializer_range": 0.3,
-    }
-    config = LlamaConfig(**sizes | {"rope_parameters": rope} | changes)
-    model = LlamaForCausalLM(config).to(dtype).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(parameter, 1.0, 0.2)
-    model.save_pretrained(path, max_shard_size="30KB")
-    assert (path / "model.safetensors.index.json").exists()
-    return model
-
-
-def decoder_abstract(folder: Path, split: bool = False, dtype=jnp.float32, added: int = 0):
-    decoder = decoder_of(str(folder))
-    tree = abstract_of(lambda: Decoder(decoder, LoraConfig(rank=0), added, jax.random.key(0), split), dtype)
-    return decoder, {"decoder": tree}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -290,92 +242,6 @@ def test_without_lora_names_are_plain():
     plain = dataclasses.replace(experiment, lora=LoraConfig(rank=0))
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), {"projector": abstract["projector"]})
     assert set(export_names(zeros, plain)) == {f"model.mm_projector.proj.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
-
-
-def spoil(tmp_path: Path, change) -> UserError:
-    """The error for a one-file folder whose tensors `change` edits."""
-    model = save_llama(tmp_path / "whole")
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    change(tensors)
-    (tmp_path / "spoilt").mkdir()
-    save_file(tensors, tmp_path / "spoilt" / "model.safetensors")
-    decoder, abstract = decoder_abstract(tmp_path / "whole")
-    with pytest.raises(UserError) as error:
-        read_params(decoder_rows(decoder), [open_folder(str(tmp_path / "spoilt"))], abstract)
-    assert str(tmp_path / "spoilt") in str(error.value)
-    return error.value
-
-
-NAME = "model.layers.2.mlp.gate_proj.weight"
-
-
-def test_missing_tensor(tmp_path):
-    message = str(spoil(tmp_path, lambda t: t.pop(NAME)))
-    assert NAME in message and "missing" in message and "[57, 42]" in message and "\n" not in message
-
-
-def test_extra_tensor(tmp_path):
-    message = str(spoil(tmp_path, lambda t: t.update({"model.layers.3.mlp.gate_proj.weight": t[NAME].clone()})))
-    assert "model.layers.3.mlp.gate_proj.weight" in message and "no place" in message and "\n" not in message
-
-
-def test_wrong_shape(tmp_path):
-    message = str(spoil(tmp_path, lambda t: t.update({NAME: t[NAME].t().contiguous()})))
-    assert NAME in message and "[42, 57]" in message and "[57, 42]" in message and "\n" not in message
-
-
-def test_wrong_vocabulary(tmp_path):
-    message = str(spoil(tmp_path, lambda t: t.update({"lm_head.weight": torch.zeros(340, 42)})))
-    assert "lm_head.weight" in message and "[340, 42]" in message and "[331, 42]" in message
-
-
-def test_integers(tmp_path):
-    assert "int8" in str(spoil(tmp_path, lambda t: t.update({NAME: t[NAME].to(torch.int8)})))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_values_that_are_no_numbers(tmp_path, bad):
-    message = str(spoil(tmp_path, lambda t: t[NAME][3].__setitem__(5, bad)))
-    assert NAME in message and "NaN" in message and "\n" not in message
-
-
-def test_all_offenders_at_once(tmp_path):
-    def change(tensors):
-        del tensors["model.norm.weight"], tensors["model.embed_tokens.weight"]
-        tensors["model.layers.0.mlp.gate_proj.weight_scale"] = torch.zeros(1)
-        tensors[NAME] = torch.zeros(3)
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(5)
-
-    message = str(spoil(tmp_path, change))
-    assert "4 tensors do not fit" in message and message.count("\n") == 4
-    for name in ("model.norm.weight", "model.embed_tokens.weight", "weight_scale", NAME):
-        assert name in message
-    assert "inv_freq" not in message
-
-
-def test_ignored_tensors_are_reported_with_a_reason(tmp_path):
-    model = save_llama(tmp_path)
-    save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(5)}, tmp_path / "adapter_model.safetensors")
-    decoder, abstract = decoder_abstract(tmp_path)
-    match = match_params(decoder_rows(decoder), [open_folder(str(tmp_path))], abstract)
-    assert list(match.ignored) == ["model.layers.0.self_attn.rotary_emb.inv_freq"] and all(match.ignored.values())
-    assert sum(len(pieces) for pieces in match.filled.values()) == len(model.state_dict())
-
-
-@pytest.mark.parametrize("equal", [True, False])
-def test_a_tied_head_that_was_stored(tmp_path, equal):
-    save_llama(tmp_path, tie_word_embeddings=True)
-    folder = open_folder(str(tmp_path))
-    assert "lm_head.weight" not in folder.names()
-    head = torch.from_numpy(folder.read("model.embed_tokens.weight"))
-    head[330, 41] += 0.0 if equal else 0.5
-    save_file({"lm_head.weight": head}, tmp_path / "adapter_model.safetensors")
-    decoder, abstract = decoder_abstract(tmp_path)
-    if equal:
-        read_params(decoder_rows(decoder), [open_folder(str(tmp_path))], abstract)
-    else:
-        with pytest.raises(UserError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
-            read_params(decoder_rows(decoder), [open_folder(str(tmp_path))], abstract)
 
 
 def test_added_rows_of_a_tied_model(tmp_path):
