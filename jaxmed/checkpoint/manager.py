@@ -9,6 +9,7 @@ A folder gets its final name when it is complete: whatever has a number for a na
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -21,6 +22,9 @@ import orbax.checkpoint as ocp
 from jaxmed.distributed import all_agree, barrier, is_first
 from jaxmed.errors import UserError
 from jaxmed.types import TrainState
+
+# Orbax tells of its own housekeeping as warnings; its errors are raised, and told once
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 FOLDER = "checkpoints"
 ITEMS = ("trainable", "opt", "meta")

@@ -9,6 +9,7 @@ from jaxmed.cli import common
 from jaxmed.cli.validate import given_flags, resolve
 from jaxmed.config import Experiment
 from jaxmed.distributed import initialise, say
+from jaxmed.errors import UserError
 
 HELP = "Fine-tune a model on records and their images; the same command goes on after an interruption"
 
@@ -30,6 +31,8 @@ class Args:
 def run(argv: list[str]) -> int:
     config, flags = common.split_config(argv, "train")
     flags = long_forms(flags)
+    if not any(f in ("-h", "--help") or f.partition("=")[0] == "--out" for f in flags):
+        raise UserError("no --out: give the folder of the run (a new one, or the one to go on with)")
     default = Args(common.load_experiment(config), out=tyro.MISSING)
     description = DESCRIPTION.format(configs=", ".join(common.shipped_configs()), config=config)
     args = common.parse(Args, flags, prog="jaxmed train CONFIG", description=description, default=default)

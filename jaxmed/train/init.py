@@ -22,7 +22,7 @@ from jaxmed.config import Experiment
 from jaxmed.errors import UserError
 from jaxmed.models.vlm import Vlm
 from jaxmed.sharding import Rules, check_divisible, replicated, rules_for, state_specs, to_shardings
-from jaxmed.train.optim import Path
+from jaxmed.train.optim import Path, make_optimizer
 from jaxmed.train.step import is_trainable
 from jaxmed.types import TrainState
 
@@ -113,8 +113,8 @@ def _model(experiment: Experiment) -> Vlm:
     return Vlm(experiment, jax.random.key(experiment.train.seed), split=False)
 
 
-def abstract_state(plan: Blueprint, init: Callable[[Any], Any]) -> TrainState:
-    """Shapes and shardings of the train state; `init` is the optimizer's. Its moments lie as their parameters do."""
+def abstract_state(plan: Blueprint) -> TrainState:
+    """Shapes and shardings of the train state. The optimizer's moments lie as their parameters do."""
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = replicated(plan.mesh, len(leaf.shape))
@@ -122,9 +122,23 @@ def abstract_state(plan: Blueprint, init: Callable[[Any], Any]) -> TrainState:
             sharding = jax.sharding.NamedSharding(plan.mesh, leaf.sharding.spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    opt_state = jax.tree.map(place, jax.eval_shape(init, plan.trainable))
+    opt_state = jax.tree.map(place, jax.eval_shape(_optimizer_init(plan), plan.trainable))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(plan.mesh))
     return TrainState(step, plan.trainable, opt_state)
+
+
+def first_state(plan: Blueprint, trainable: Any) -> TrainState:
+    """The train state at step 0."""
+    abstract = abstract_state(plan)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
+    opt_state = jax.jit(_optimizer_init(plan), out_shardings=shardings)(trainable)
+    step = jax.jit(lambda: jnp.int32(0), out_shardings=abstract.step.sharding)()
+    return TrainState(step, trainable, opt_state)
+
+
+def _optimizer_init(plan: Blueprint) -> Callable[[Any], Any]:
+    """The number of steps shapes the schedule, never the state."""
+    return make_optimizer(plan.experiment.optim, 1, plan.trainable).init
 
 
 def flatten(tree: Mapping[Any, Any], above: Path = ()) -> Leaves:

@@ -5,31 +5,28 @@ step); metrics beyond that step are dropped and written again. The result is the
 """
 
 import dataclasses
-import hashlib
 import math
 import os
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.checkpoint.hf_io import base_fingerprint
-from jaxmed.checkpoint.manager import FOLDER, Checkpoints, complete_steps, read_meta
+from jaxmed.checkpoint.manager import FOLDER, Checkpoints
 from jaxmed.config import Experiment, to_dict
-from jaxmed.data.dataset import Dataset, scan
 from jaxmed.data.pipeline import batches, evaluation_batches
-from jaxmed.data.plan import GlobalBatch, Plan
-from jaxmed.data.tokenizer import Tokenizer
-from jaxmed.distributed import barrier, is_first, say
+from jaxmed.data.plan import GlobalBatch
+from jaxmed.distributed import is_first, say
 from jaxmed.errors import UserError
 from jaxmed.sharding import make_mesh
 from jaxmed.train.diagnose import explain_poison
 from jaxmed.train.flops import peak_flops, step_flops, weight_counts
 from jaxmed.train.folder import Skipped, open_run
-from jaxmed.train.init import Blueprint, abstract_state, blueprint, flatten, frozen_half, start
+from jaxmed.train.init import Blueprint, abstract_state, blueprint, first_state, flatten, frozen_half, start
 from jaxmed.train.optim import make_optimizer, schedule
+from jaxmed.train.sources import Sources, open_data
 from jaxmed.train.statistics import token_statistics
 from jaxmed.train.step import Metrics, TokenCrossEntropy, make_eval_step, make_step
 from jaxmed.train.writer import Silent, Writer
@@ -51,38 +48,24 @@ class Summary:
     skipped: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Sources:
-    """What a run reads."""
-
-    tokenizer: Tokenizer
-    train: Dataset
-    plan: Plan
-    held_out: Dataset | None
-    fingerprint: str
-    """Of the samples and their sizes, on which the order of the data depends"""
-
-
 def fit(experiment: Experiment, out: str) -> Summary:
     """Trains what the experiment describes in the folder `out`, or goes on where an earlier call stopped."""
     open_run(out, experiment)
-    finished = finished_steps(out)
-    if finished:
-        say(f"{out}: finished already, all {finished} steps are done; nothing to do")
-        return Summary(finished, math.nan, math.nan, finished, 0, 0)
     mesh = make_mesh(experiment.mesh)
     with jax.set_mesh(mesh):
         model = blueprint(experiment, mesh)
-        sources = open_data(experiment, out)
-        total = sources.plan.total_steps(experiment.train)
-        optimizer = make_optimizer(experiment.optim, total, model.trainable)
         checkpoints = Checkpoints(out, experiment.train.keep)
         try:
             # resume priority: the newest complete checkpoint of this folder; else model.adapter over the base; else the base;
             # else from scratch
-            state, frozen = restored(model, optimizer, checkpoints, sources, out) or fresh(model, optimizer, sources)
-            run = Run(model, optimizer, sources, frozen, checkpoints, out, total, int(state.step))
-            summary = run.train(state)
+            found = checkpoints.restore(abstract_state(model), say)
+            if found and found[1]["step"] == found[1]["total_steps"]:
+                checkpoints.close()
+                return already_finished(out, found[1]["step"])
+            sources = open_data(experiment, out)
+            total = sources.plan.total_steps(experiment.train)
+            state, frozen = going_on(model, sources, *found, out) if found else fresh(model, sources)
+            summary = Run(model, sources, frozen, checkpoints, out, total, int(state.step)).train(state)
         except BaseException:
             checkpoints.abandon()
             raise
@@ -92,48 +75,13 @@ def fit(experiment: Experiment, out: str) -> Summary:
     return summary
 
 
-def finished_steps(out: str) -> int:
-    """The number of steps of a run that is done, 0 where there is something left to do."""
-    steps = complete_steps(os.path.join(out, FOLDER))
-    if not steps:
-        return 0
-    try:
-        meta = read_meta(os.path.join(out, FOLDER), steps[-1])
-    except (OSError, ValueError):
-        return 0  # damaged: restoring it will tell
-    return steps[-1] if meta.get("step") == meta.get("total_steps") else 0
+def already_finished(out: str, steps: int) -> Summary:
+    say(f"{out}: finished already, all {steps} steps are done; nothing to do")
+    return Summary(steps, math.nan, math.nan, steps, 0, 0)
 
 
-def open_data(experiment: Experiment, out: str) -> Sources:
-    """Tokenizer and data sets, with every check that can be made before the first step."""
-    model, data = experiment.model, experiment.data
-    tokenizer = Tokenizer.from_folder(model.tokenizer or model.base, model.added_tokens, model.pad_token)
-    if tokenizer.size > model.decoder.vocab + len(model.added_tokens):
-        raise UserError(
-            f"{model.tokenizer or model.base}: the tokenizer has {tokenizer.size} tokens, the model "
-            f"{model.decoder.vocab} and {len(model.added_tokens)} added; they do not belong together"
-        )
-    train = scan(experiment, tokenizer, data.records)
-    held_out = scan(experiment, tokenizer, data.eval_records) if data.eval_records else None
-    for text in dict.fromkeys(train.notices + (held_out.notices if held_out else ())):
-        say(text)
-    digest = hashlib.sha256(repr([(s.record.id, s.size) for s in train.samples]).encode()).hexdigest()
-    folder = os.path.join(out, "tokenizer")
-    if is_first() and not os.path.exists(folder):
-        tokenizer.save(f"{folder}.part")
-        os.replace(f"{folder}.part", folder)
-    barrier("tokenizer saved")
-    return Sources(tokenizer, train, train.plan(), held_out, digest)
-
-
-def restored(
-    model: Blueprint, optimizer: Any, checkpoints: Checkpoints, sources: Sources, out: str
-) -> tuple[TrainState, Any] | None:
-    """State and frozen half of a run that goes on."""
-    found = checkpoints.restore(abstract_state(model, optimizer.init), say)
-    if found is None:
-        return None
-    state, meta = found
+def going_on(model: Blueprint, sources: Sources, state: TrainState, meta: dict[str, Any], out: str) -> tuple[TrainState, Any]:
+    """State and frozen half of a run that has a checkpoint; what it was trained with must be what there is now."""
     base = model.experiment.model.base
     if base and base_fingerprint(base) != meta["base_fingerprint"]:
         raise UserError(f"{base}: is not the base with which {out} was trained (other weights); put the old folder back")
@@ -143,7 +91,7 @@ def restored(
     return state, frozen_half(model)
 
 
-def fresh(model: Blueprint, optimizer: Any, sources: Sources) -> tuple[TrainState, Any]:
+def fresh(model: Blueprint, sources: Sources) -> tuple[TrainState, Any]:
     """State and frozen half before the first step."""
     trainable, frozen = start(model)
     if model.experiment.visual.norm and not model.experiment.model.adapter:
@@ -151,16 +99,13 @@ def fresh(model: Blueprint, optimizer: Any, sources: Sources) -> tuple[TrainStat
         for name, values in zip(("norm_mean", "norm_sd"), token_statistics(sources.train), strict=True):
             place = model.trainable["projector"][name].sharding
             trainable["projector"][name] = jax.make_array_from_callback(values.shape, place, values.__getitem__)
-    abstract = abstract_state(model, optimizer.init)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
-    step = jax.jit(lambda: jnp.int32(0), out_shardings=abstract.step.sharding)()
-    return TrainState(step, trainable, opt_state), frozen
+    return first_state(model, trainable), frozen
 
 
 def report(summary: Summary, out: str, total: int) -> None:
     """The last lines of a run."""
-    say(f"done: {total} steps, checkpoint in {os.path.join(out, FOLDER, str(total))}; {summary.compilations} compiled steps")
+    compiled = f"the step was compiled {summary.compilations} time{'s' if summary.compilations != 1 else ''}"
+    say(f"done: {total} steps, checkpoint in {os.path.join(out, FOLDER, str(total))}; {compiled}")
     if summary.skipped:
         say(f"{summary.skipped} records were left out; {os.path.join(out, 'skipped.jsonl')} says which and why")
 
@@ -182,7 +127,6 @@ class Run:
     def __init__(
         self,
         model: Blueprint,
-        optimizer: Any,
         sources: Sources,
         frozen: Any,
         checkpoints: Checkpoints,
@@ -192,6 +136,7 @@ class Run:
     ):
         self.model, self.experiment, self.sources, self.frozen = model, model.experiment, sources, frozen
         self.checkpoints, self.total, self.begin = checkpoints, total, begin
+        optimizer = make_optimizer(self.experiment.optim, total, model.trainable)
         objective = TokenCrossEntropy(model.graphdef, model.rules, model.experiment)
         self.step = make_step(objective, model.experiment, optimizer)
         self.eval_step = make_eval_step(objective)

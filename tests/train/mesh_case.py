@@ -20,7 +20,7 @@ from jaxmed.config import (
 )
 from jaxmed.models.presets import TINY
 from jaxmed.sharding import balanced_order, batch_specs, make_mesh
-from jaxmed.train.init import Blueprint, abstract_state, blueprint, start
+from jaxmed.train.init import Blueprint, blueprint, first_state, start
 from jaxmed.train.optim import make_optimizer
 from jaxmed.train.step import TokenCrossEntropy, make_step
 from jaxmed.types import Batch, TrainState
@@ -102,10 +102,7 @@ def train(shape: tuple[int, int, int, int], experiment: Experiment = EXPERIMENT)
         model = blueprint(experiment, mesh)
         trainable, frozen = start(model)
         optimizer = make_optimizer(experiment.optim, experiment.train.steps, model.trainable)
-        abstract = abstract_state(model, optimizer.init)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.opt_state)
-        opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
-        state = TrainState(jax.device_put(np.int32(0), abstract.step.sharding), trainable, opt_state)
+        state = first_state(model, trainable)
         step = make_step(TokenCrossEntropy(model.graphdef, model.rules, experiment), experiment, optimizer)
         batch, losses, norms = make_batch(model), [], []
         for _ in range(experiment.train.steps):

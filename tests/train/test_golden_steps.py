@@ -12,10 +12,9 @@ from jaxmed.data.dataset import scan
 from jaxmed.data.pipeline import batches
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.sharding import make_mesh
-from jaxmed.train.init import blueprint, start
+from jaxmed.train.init import blueprint, first_state, start
 from jaxmed.train.optim import make_optimizer
 from jaxmed.train.step import TokenCrossEntropy, make_step
-from jaxmed.types import TrainState
 
 
 @pytest.fixture(scope="module", params=["train_zero2", "train_zero3", "train_m72"])
@@ -35,7 +34,7 @@ def steps(request: pytest.FixtureRequest) -> dict:
         _, grads = jax.jit(objective.value_and_grad)(trainable, frozen, batch, jax.random.key(0))
         optimizer = make_optimizer(e.optim, e.train.steps, trainable)
         step = make_step(objective, e, optimizer)
-        state = TrainState(jax.numpy.int32(0), trainable, jax.jit(optimizer.init)(trainable))
+        state = first_state(model, trainable)
         losses = []
         grads = export_names(grads, e)
         for number in range(4):

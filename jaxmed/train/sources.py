@@ -1,0 +1,54 @@
+"""What a run reads: tokenizer, records, plan. Every check that can be made before the first step is made here."""
+
+import dataclasses
+import hashlib
+import os
+
+from jaxmed.config import Experiment
+from jaxmed.data.dataset import Dataset, scan
+from jaxmed.data.plan import Plan
+from jaxmed.data.tokenizer import Tokenizer
+from jaxmed.distributed import barrier, is_first, say
+from jaxmed.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    tokenizer: Tokenizer
+    train: Dataset
+    plan: Plan
+    held_out: Dataset | None
+    fingerprint: str
+    """Of the samples and their sizes, on which the order of the data depends"""
+
+
+def open_data(experiment: Experiment, out: str) -> Sources:
+    """Tokenizer (copied into the run) and data sets."""
+    data = experiment.data
+    tokenizer = open_tokenizer(experiment)
+    train = scan(experiment, tokenizer, data.records)
+    held_out = scan(experiment, tokenizer, data.eval_records) if data.eval_records else None
+    for text in dict.fromkeys(train.notices + (held_out.notices if held_out else ())):
+        say(text)
+    digest = hashlib.sha256(repr([(s.record.id, s.size) for s in train.samples]).encode()).hexdigest()
+    folder = os.path.join(out, "tokenizer")
+    if is_first() and not os.path.exists(folder):
+        tokenizer.save(f"{folder}.part")
+        os.replace(f"{folder}.part", folder)
+    barrier("tokenizer saved")
+    return Sources(tokenizer, train, train.plan(), held_out, digest)
+
+
+def open_tokenizer(experiment: Experiment) -> Tokenizer:
+    """The experiment's tokenizer; its ids must be rows of the model's table, added tokens where the model has them."""
+    model = experiment.model
+    folder = model.tokenizer or model.base
+    tokenizer = Tokenizer.from_folder(folder, model.added_tokens, model.pad_token)
+    rows = model.decoder.vocab
+    ids = [tokenizer.token_id(token) for token in model.added_tokens]
+    if tokenizer.size > rows + len(model.added_tokens) or any(i != rows + n for n, i in enumerate(ids)):
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.size} tokens, model.added_tokens at {ids}; the model has {rows} rows and "
+            f"{len(ids)} added ones from {rows} on. They do not belong together; give --model.tokenizer or --model.added-tokens"
+        )
+    return tokenizer
