@@ -25,6 +25,7 @@ from jaxmed.errors import UserError
 AIR_HU = -1000.0
 AIR_WIDTH = 60.0
 AIR_SHARE = 0.02
+SOFT_TISSUE = (40.0, 60.0)
 Override = Literal["auto", "header", "csv", "none"]
 Triple = tuple[float, float, float]
 
@@ -91,19 +92,19 @@ def read_volume(path: str, metadata: VolumeMetadata | None = None, override: Ove
     return Volume(path, stored, metadata.spacing if metadata else header.spacing, reading)
 
 
-def _open(path: str) -> nibabel.spatialimages.SpatialImage:
+def _open(path: str) -> nibabel.Nifti1Image:
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; check the folder of the volumes")
     try:
         image = nibabel.load(path)
     except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: not a readable NIfTI file ({_brief(error)}); copy or download it again") from None
-    if not isinstance(image, nibabel.Nifti1Pair):
+    if not isinstance(image, nibabel.Nifti1Image):
         raise UserError(f"{path}: a {type(image).__name__}, not NIfTI; convert it first (DICOM: with dcm2niix)")
     return image
 
 
-def _header(path: str, image: nibabel.Nifti1Pair) -> Header:
+def _header(path: str, image: nibabel.Nifti1Image) -> Header:
     shape = image.shape
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -111,7 +112,7 @@ def _header(path: str, image: nibabel.Nifti1Pair) -> Header:
         raise UserError(f"{path}: shape {image.shape}; a CT volume has three axes, extract one volume first")
     if image.get_data_dtype().kind not in "iuf":
         raise UserError(f"{path}: voxels of type {image.get_data_dtype()}; a CT volume holds one number a voxel")
-    zooms = tuple(float(z) for z in image.header.get_zooms()[:3])
+    zooms = _voxel_size(path, image)
     if not all(math.isfinite(z) and z > 0 for z in zooms):
         raise UserError(f"{path}: voxel size {zooms} in the header; every side must be above 0, mend the header")
     affine = np.asarray(image.affine[:3, :3], np.float64)
@@ -125,14 +126,22 @@ def _header(path: str, image: nibabel.Nifti1Pair) -> Header:
     return Header(path, shape, spacing, float(slope), float(intercept))
 
 
+def _voxel_size(path: str, image: nibabel.Nifti1Image) -> Triple:
+    """As written: nibabel silently makes a voxel size of 0 a 1 when it loads a file."""
+    with nibabel.openers.ImageOpener(path) as file:
+        written = image.header_class.from_fileobj(file, check=False)
+    x, y, z = (abs(float(side)) for side in written["pixdim"][1:4])
+    return x, y, z
+
+
 def _brief(error: Exception) -> str:
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def air_share(stored: np.ndarray, slope: float, intercept: float) -> float:
-    """Share of the voxels within -1000 ± 60 HU. Bounds are carried back to stored numbers: no scaled copy is made."""
-    ends = sorted((AIR_HU + side * AIR_WIDTH - intercept) / slope for side in (-1, 1))
+def share_near(stored: np.ndarray, slope: float, intercept: float, centre: float, width: float) -> float:
+    """Share of the voxels within centre ± width HU. Bounds are carried back to stored numbers: no scaled copy is made."""
+    ends = sorted((centre + side * width - intercept) / slope for side in (-1, 1))
     low, high = (np.float64(end) for end in ends)
     if stored.dtype.kind in "iu":
         info = np.iinfo(stored.dtype)
@@ -140,6 +149,10 @@ def air_share(stored: np.ndarray, slope: float, intercept: float) -> float:
         if low > high:
             return 0.0
     return float(np.count_nonzero((stored >= low) & (stored <= high)) / stored.size)
+
+
+def air_share(stored: np.ndarray, slope: float, intercept: float) -> float:
+    return share_near(stored, slope, intercept, AIR_HU, AIR_WIDTH)
 
 
 def choose_reading(stored: np.ndarray, header: Header, metadata: VolumeMetadata | None, override: Override) -> Reading:
@@ -167,8 +180,16 @@ def choose_reading(stored: np.ndarray, header: Header, metadata: VolumeMetadata 
     fault = "no reading of its numbers gives air" if not with_air else "two different readings of its numbers give air"
     raise UserError(
         f"{header.path}: {fault} (share of voxels within {AIR_HU:g}±{AIR_WIDTH:g} HU, at least {AIR_SHARE:.0%} needed: "
-        f"{shares}); look at it with preview, then pass --hu header, csv or none"
+        f"{shares}); {_advice(stored, {name: readings[name] for name in with_air})}"
     )
+
+
+def _advice(stored: np.ndarray, candidates: dict[str, tuple[float, float]]) -> str:
+    """Rescaling HU by -1024 once more moves soft tissue to where air was: the wrong one of two readings has no tissue."""
+    tissue = [n for n, scaling in candidates.items() if share_near(stored, *scaling, *SOFT_TISSUE) >= AIR_SHARE]
+    if len(tissue) == 1:
+        return f"only {tissue[0]} gives soft tissue as well, so --hu {tissue[0]} is likely right; look at it with preview"
+    return "look at it with preview, then pass --hu header, csv or none"
 
 
 @dataclass(frozen=True)
