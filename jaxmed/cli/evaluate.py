@@ -51,14 +51,25 @@ class Args:
     page: evaluation.PageLimits = field(default_factory=evaluation.PageLimits)
 
 
-def control_kind(path: str) -> str:
-    """What the header that `jaxmed generate` leaves beside its file says of the images; "" where there is none."""
-    header = Path(path + ".header.json")
+def written_with(path: str) -> str | None:
+    """What the header beside a file of `jaxmed generate` says: the kind of control, "" for the right images, None without one."""
     try:
-        kind = json.loads(header.read_text(encoding="utf-8")).get("control", "")
-    except (OSError, ValueError, AttributeError):
-        return ""
-    return kind if kind in ("shuffled", "zeros", "noise") else ""
+        kind = json.loads(Path(f"{path}.header.json").read_text(encoding="utf-8"))["control"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return kind if isinstance(kind, str) else None
+
+
+def _control(args: Args, studies: list[pairing.Study], notices: list[str]) -> tuple[list[tuple[str, ...]] | None, str]:
+    """The control's answers and its kind; what the headers say against it becomes a notice."""
+    if scored := written_with(args.answers):
+        notices.append(f"{args.answers} was itself written with wrong images ({scored}), says its header")
+    if not args.control:
+        return None, ""
+    found = written_with(args.control)
+    if found == "":
+        notices.append(f"{args.control} was written with the right images, says its header: it is no control")
+    return pairing.control_answers(args.control, studies), args.control_kind or found or ""
 
 
 def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -> scoring.Scores:
@@ -72,10 +83,7 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
     studies, notices = pairing.pair(pairing.read_answers(args.answers), records, args.answers)
     if problems:
         notices.append(f"{len(problems)} records cannot be used and were skipped; the first: {problems[0]}")
-    control, kind = None, ""
-    if args.control:
-        control = pairing.control_answers(args.control, studies)
-        kind = args.control_kind or control_kind(args.control)
+    control, kind = _control(args, studies, notices)
     if not text.meteor_available():
         notices.append("METEOR is left out: nltk's WordNet is not installed here, and nothing is downloaded.")
     scores = scoring.score(studies, control, kind, args.resamples, args.seed)

@@ -90,6 +90,20 @@ def test_bad_records_stop_or_are_left_out(files):
     assert evaluate(arguments(files, resamples=5, on_bad_record="skip")).answers == 5
 
 
+def test_headers_name_the_control_and_give_away_a_mistake(files):
+    def header(name, kind):
+        (files / f"{name}.header.json").write_text(json.dumps({"control": kind}))
+
+    header("c_vqa.json", "shuffled")
+    control = str(files / "c_vqa.json")
+    assert evaluate(arguments(files, resamples=5, control=control)).control.kind == "shuffled"
+    header("c_vqa.json", "")
+    header("x_vqa.json", "noise")
+    assert evaluate(arguments(files, resamples=5, control=control)).control.kind == ""
+    html = (files / "out" / "report.html").read_text()
+    assert "it is no control" in html and "itself written with wrong images (noise)" in html
+
+
 def test_flags_that_cannot_be_used(files):
     with pytest.raises(UserError, match="--resamples is 0"):
         evaluate(arguments(files, resamples=0))
