@@ -52,7 +52,7 @@ class Args:
 
 
 def written_with(path: str) -> str | None:
-    """What the header beside a file of `jaxmed generate` says: the kind of control, "" for the right images, None without one."""
+    """What the header beside a file of `jaxmed generate` says: the kind of control, "" for none, None without a header."""
     try:
         kind = json.loads(Path(f"{path}.header.json").read_text(encoding="utf-8"))["control"]
     except (OSError, ValueError, KeyError, TypeError):
