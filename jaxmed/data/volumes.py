@@ -26,6 +26,18 @@ AIR_HU = -1000.0
 AIR_WIDTH = 60.0
 AIR_SHARE = 0.02
 SOFT_TISSUE = (40.0, 60.0)
+# What nibabel, gzip and numpy raise for files that are damaged or something else.
+UNREADABLE = (
+    nibabel.filebasedimages.ImageFileError,
+    nibabel.spatialimages.HeaderDataError,
+    nibabel.wrapstruct.WrapStructError,
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    zlib.error,
+)
 Override = Literal["auto", "header", "csv", "none"]
 Triple = tuple[float, float, float]
 
@@ -81,7 +93,7 @@ def read_volume(path: str, metadata: VolumeMetadata | None = None, override: Ove
     header = _header(path, image)
     try:
         stored = image.dataobj.get_unscaled()
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: its voxels cannot be read ({_brief(error)}); copy or download the file again") from None
     stored = stored.reshape(header.shape)
     # One pass: a sum is finite only if every entry is.
@@ -97,7 +109,7 @@ def _open(path: str) -> nibabel.Nifti1Image:
         raise UserError(f"{path}: no such file; check the folder of the volumes")
     try:
         image = nibabel.load(path)
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: not a readable NIfTI file ({_brief(error)}); copy or download it again") from None
     if not isinstance(image, nibabel.Nifti1Image):
         raise UserError(f"{path}: a {type(image).__name__}, not NIfTI; convert it first (DICOM: with dcm2niix)")
