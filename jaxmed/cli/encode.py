@@ -1,6 +1,5 @@
 """`jaxmed encode CONFIG --volumes DIR --out DIR`: CT volumes to token files with the config's weight-free Haar encoder."""
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -49,10 +48,10 @@ def check_grid(experiment: Experiment) -> None:
             f"{visual.merge} takes {visual.file_features}; make them agree"
         )
     merged = tuple(n // m for n, m in zip(grid, visual.merge, strict=True))
-    if any(n % m for n, m in zip(grid, visual.merge, strict=True)) or math.prod(merged) > visual.tokens:
+    if any(n % m for n, m in zip(grid, visual.merge, strict=True)) or merged != tuple(visual.grid):
         raise UserError(
-            f"encode.canvas and encode.levels give a token grid {tuple(grid)}, which visual.merge {visual.merge} and "
-            f"visual.tokens {visual.tokens} do not take; make them agree"
+            f"encode.canvas and encode.levels give a token grid {tuple(grid)}, which visual.merge {visual.merge} does not "
+            f"turn into visual.grid {tuple(visual.grid)}; make them agree"
         )
 
 
