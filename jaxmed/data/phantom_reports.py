@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 FINDINGS = ("cardiomegaly", "effusion", "emphysema", "consolidation", "nodule")
 MIDLINE = "midline"
 Findings = Mapping[str, str]
-REQUESTS = ("Write the report.", "Write the report for this CT.", "Report the CT.", "What does the CT show?")
+REQUESTS = ("Write the report.", "Report the CT.", "What is seen?", "What does it show?")
 
 _HEADINGS = {
     "cardiomegaly": "Heart:",
