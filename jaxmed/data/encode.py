@@ -111,10 +111,14 @@ def encode_folder(
 
 
 def _present(path: str, config: EncodeConfig) -> bool:
-    """Whether the file is there. Tokens of two encoders in one folder would be mistaken for each other."""
+    """Whether the file is there and whole. Tokens of two encoders in one folder would be mistaken for each other."""
     if not os.path.exists(path):
         return False
-    header = read_npz_header(path)
+    try:
+        header = read_npz_header(path)
+    except UserError:
+        # Damaged on disk (files are renamed into place when complete): it is written again.
+        return False
     if header.encoder != haar.signature(config):
         raise UserError(
             f"{path} was written by {header.encoder or 'an encoder that did not sign'}, this is {haar.signature(config)}; "

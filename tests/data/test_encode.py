@@ -67,15 +67,16 @@ def test_processes_change_nothing(tmp_path, folder):
 def test_goes_on_where_it_stopped(folder):
     volumes, out = folder
     encode_folder(volumes, out, CONFIG, processes=1)
-    kept, gone = (os.path.join(out, f"valid_{i}_a_1.nii_embedded.npz") for i in (0, 1))
+    kept, damaged = (os.path.join(out, f"valid_{i}_a_1.nii_embedded.npz") for i in (0, 1))
     before = os.stat(kept).st_mtime_ns
-    os.unlink(gone)
-    with open(gone + ".123.partial", "wb") as file:
+    with open(damaged, "r+b") as file:
+        file.truncate(os.path.getsize(damaged) // 2)
+    with open(damaged + ".123.partial", "wb") as file:
         file.write(b"half a file of a killed process")
     summary = encode_folder(volumes, out, CONFIG, processes=1)
     assert (summary.written, summary.present) == (1, 2)
     assert os.stat(kept).st_mtime_ns == before
-    assert read_header(gone).shape == haar.token_shape(CONFIG)
+    assert read_header(damaged).shape == haar.token_shape(CONFIG)
 
 
 def test_tokens_of_two_encoders_never_lie_together(folder):

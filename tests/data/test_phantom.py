@@ -146,6 +146,17 @@ def test_vocabulary_gives_the_text_back(tmp_path):
     assert ends == [tokenizer.token_to_id("<|end|>")]
 
 
+def test_every_study_fits_a_row_of_96(tmp_path):
+    """Begin, role, 32 image tokens, request, end, role, the longest report, end: what a config's bucket must hold."""
+    reports = [
+        write_report(dict.fromkeys(names, "left"), np.random.default_rng(i)) for i in range(600) for names in ((), FINDINGS)
+    ]
+    build_tokenizer([*reports, *REQUESTS], str(tmp_path))
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    length = {text: len(tokenizer.encode(text, add_special_tokens=False).ids) for text in (*reports, *REQUESTS)}
+    assert 32 + 5 + max(length[text] for text in reports) + max(length[text] for text in REQUESTS) <= 96
+
+
 def read_json(path):
     with open(path, encoding="utf-8") as file:
         return json.load(file)
