@@ -131,19 +131,21 @@ def chunk_length(length: int, wanted: int) -> int:
 
 def _pair_table(n_q: int, n_k: int, context: int, chunk: int, mask: Mask, order: Order) -> np.ndarray:
     """[context, P, 2] int32: for each context shard the pairs of chunks (queries, keys) to visit, queries ascending."""
-    tables = []
+    every = [(i, j) for i in range(n_q) for j in range(n_k)]
+    if order == "any" or (order == "natural" and context > 1):
+        return np.asarray([every] * context, np.int32)
+    half = n_q // 2
+    tables, left_off = [], []
     for shard in range(context):
-        if order == "any" or (order == "natural" and context > 1):
-            allowed = [(i, j) for i in range(n_q) for j in range(n_k)]
-        else:
-            half = n_q // 2
-            if context == 1:
-                natural = list(range(n_q))
-            else:
-                natural = [shard * half + i for i in range(half)] + [(2 * context - 1 - shard) * half + i for i in range(half)]
-            allowed = [(i, j) for i, at in enumerate(natural) for j in range(n_k) if _may_meet(at, j, chunk, mask)]
-        tables.append(allowed)
-    return np.asarray(tables, np.int32)
+        natural = np.arange(n_q)
+        if context > 1:
+            natural = np.where(natural < half, shard * half + natural, (2 * context - 1 - shard) * half + natural - half)
+        meet = [_may_meet(natural[i], j, chunk, mask) for i, j in every]
+        tables.append([pair for pair, wanted in zip(every, meet, strict=True) if wanted])
+        left_off.append([pair for pair, wanted in zip(every, meet, strict=True) if not wanted])
+    longest = max(len(table) for table in tables)
+    # a window leaves the shards unequal work: pairs that are masked throughout fill the shorter lists
+    return np.asarray([sorted(t + rest[: longest - len(t)]) for t, rest in zip(tables, left_off, strict=True)], np.int32)
 
 
 def _may_meet(i: int, j: int, chunk: int, mask: Mask) -> bool:
