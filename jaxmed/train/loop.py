@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -48,10 +49,13 @@ class Summary:
     skipped: int
 
 
-def fit(experiment: Experiment, out: str) -> Summary:
-    """Trains what the experiment describes in the folder `out`, or goes on where an earlier call stopped."""
+def fit(experiment: Experiment, out: str, devices: Sequence[jax.Device] | None = None) -> Summary:
+    """Trains what the experiment describes in the folder `out`, or goes on where an earlier call stopped.
+
+    `devices`: those of the mesh; all of the job by default.
+    """
     open_run(out, experiment)
-    mesh = make_mesh(experiment.mesh)
+    mesh = make_mesh(experiment.mesh, devices)
     with jax.set_mesh(mesh):
         model = blueprint(experiment, mesh)
         checkpoints = Checkpoints(out, experiment.train.keep)
@@ -144,7 +148,7 @@ class Run:
         # all rates at once: asking the device for one would wait for the step that it is busy with
         self.rates = np.asarray(schedule(optim, optim.learning_rate, total)(np.arange(total)))
         self.counts = weight_counts(flatten(model.trainable), flatten(model.frozen))
-        self.peak = peak_flops(jax.devices()[0]) * jax.device_count()
+        self.peak = peak_flops(jax.devices()[0]) * model.mesh.size
         base = self.experiment.model.base
         self.meta = {
             "config": to_dict(self.experiment),
