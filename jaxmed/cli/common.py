@@ -91,3 +91,20 @@ def _one_line(box: str) -> str:
 def notice(text: str) -> None:
     """A line for the person, apart from a command's output."""
     print(text, file=sys.stderr, flush=True)
+
+
+def names(text: str, known: tuple[str, ...], flag: str) -> frozenset[str]:
+    """A comma-separated list of known names."""
+    given = frozenset(name.strip() for name in text.split(",") if name.strip())
+    unknown = sorted(given - set(known))
+    if unknown:
+        raise UserError(f"{flag}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    return given
+
+
+def settings(pairs: tuple[str, ...]) -> dict[str, str]:
+    """KEY=VALUE pairs of --set."""
+    wrong = [pair for pair in pairs if "=" not in pair]
+    if wrong:
+        raise UserError(f"--set {wrong[0]}: give KEY=VALUE, such as lora.alpha=12")
+    return dict(pair.split("=", 1) for pair in pairs)

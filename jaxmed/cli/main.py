@@ -53,3 +53,7 @@ def run(argv: list[str]) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"jaxmed {command}: {error.strerror or error}{where}", file=sys.stderr)
         return 1
+
+
+if __name__ == "__main__":
+    main()

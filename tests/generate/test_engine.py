@@ -60,9 +60,16 @@ def build(split: bool, shape=(1, 1, 1, 1), experiment=EXPERIMENT):
 
 def prompts(seed=0):
     rng = np.random.default_rng(seed)
-    image = lambda t, h, w: Image(rng.standard_normal((t * h * w, 5)).astype(np.float32), (t, h, w))
-    ids = lambda *pieces: np.concatenate([np.atleast_1d(p) for p in pieces]).astype(np.int32)
-    word = lambda n: rng.integers(0, 92, n)
+
+    def image(t: int, h: int, w: int) -> Image:
+        return Image(rng.standard_normal((t * h * w, 5)).astype(np.float32), (t, h, w))
+
+    def ids(*pieces) -> np.ndarray:
+        return np.concatenate([np.atleast_1d(p) for p in pieces]).astype(np.int32)
+
+    def word(n: int) -> np.ndarray:
+        return rng.integers(0, 92, n)
+
     return [
         Prompt(ids(word(3), -200, word(4)), (image(1, 2, 3),)),
         Prompt(word(11).astype(np.int32), ()),
@@ -70,15 +77,19 @@ def prompts(seed=0):
     ]
 
 
+def last_logits(model, batch, rules):
+    return model.decoder.logits(model(batch, rules, None), rules, None)[0, -1]
+
+
 def greedy_without_cache(graphdef, params, mesh, rules, prompt, steps, penalty=1.0):
     """The oracle: the whole sequence through the training forward pass for every token."""
     made: list[int] = []
+    forward = jax.jit(lambda params, batch: last_logits(nnx.merge(graphdef, params), batch, rules))
     for _ in range(steps):
         grown = Prompt(np.concatenate([prompt.ids, np.asarray(made, np.int32)]), prompt.images)
         with jax.set_mesh(mesh):
             batch = put(left_padded([grown], 1, BUCKET, EXPERIMENT), mesh, rules)
-            model = nnx.merge(graphdef, params)
-            logits = np.array(model.decoder.logits(model(batch, rules, None), rules, None)[0, -1])
+            logits = np.array(forward(params, batch))
         for token in set(made):
             logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
         logits[90:] = -np.inf
@@ -142,7 +153,10 @@ def test_top_k_and_top_p_keep_what_they_say():
     logits = jnp.log(jnp.asarray([[0.5, 0.02, 0.3, 0.1, 0.08]] * 400))
     keys = jax.random.split(jax.random.key(1), 400)
     seen = jnp.zeros((400, 0), bool)
-    drawn = lambda **kwargs: set(np.asarray(choose(Sampling(temperature=1.0, **kwargs), logits, seen, keys)).tolist())
+
+    def drawn(**kwargs) -> set[int]:
+        return set(np.asarray(choose(Sampling(temperature=1.0, **kwargs), logits, seen, keys)).tolist())
+
     assert drawn() == {0, 1, 2, 3, 4}
     assert drawn(top_k=3) == {0, 2, 3}
     assert drawn(top_p=0.75) == {0, 2}, "0.5 + 0.3 reaches 0.75"

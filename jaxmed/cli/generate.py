@@ -1,0 +1,170 @@
+"""`jaxmed generate FOLDER --records J --embeddings DIR --out X_vqa.json`: reports for a whole data set, resumable."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxmed.cli import common
+from jaxmed.config import MeshConfig
+from jaxmed.data.records import Record, load_records, where
+from jaxmed.errors import UserError
+
+HELP = "Write reports and answers for a data set"
+
+DESCRIPTION = """Write an answer for every human turn of every record, greedily unless --temperature is above 0.
+
+FOLDER is a run of `jaxmed train`, an upstream LoRA folder (with --base), or a Hugging Face language model. Each finished study
+is on disk at once; started again, the same command does only what is missing. Several processes share the studies with
+--process and --processes, each on its own devices; the one that finds all studies done writes the final file.
+
+    jaxmed generate runs/btb3d --records valid.json --embeddings encoded/ --out reports_vqa.json"""
+
+UPSTREAM_DEFECTS = ("history_eot",)
+
+
+@dataclass(frozen=True)
+class Args:
+    folder: Annotated[str, tyro.conf.Positional]
+    """A run, an upstream LoRA folder, or a Hugging Face language model"""
+    records: str
+    """LLaVA-style JSON; its human turns are the questions"""
+    out: str
+    """Result, by custom named ..._vqa.json"""
+    embeddings: str = ""
+    """Folder of the .npz token files"""
+    base: str = ""
+    """The language model's folder, where FOLDER holds an adapter alone"""
+    tower: str = ""
+    """The image tower's folder, for models that have one apart"""
+    volumes: str = ""
+    """Folder of volumes, for models that read them directly"""
+    images: str = ""
+    """Folder of 2-D images, for models that read them"""
+    max_new_tokens: int = 512
+    """Tokens of an answer at most"""
+    temperature: float = 0.0
+    """0: greedy"""
+    top_p: float = 1.0
+    """Draw among the fewest tokens that together have this probability (1: all)"""
+    top_k: int = 0
+    """Draw among the k most likely tokens (0: all)"""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that the answer has already become less likely"""
+    seed: int = 0
+    """Seed of the draws and of --control"""
+    batch: int = 8
+    """Prompts decoded together"""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of weights and computation"""
+    template: str = ""
+    """Conversation template; "": the folder's"""
+    token_ids: bool = False
+    """Add the generated ids to each answer"""
+    keep_special_tokens: bool = False
+    """Leave end tokens and their like in the printed text, as upstream does"""
+    control: Literal["", "shuffled", "zeros", "noise"] = ""
+    """Show the wrong image: another study's, zeros, or noise"""
+    process: int = 0
+    """Index of this process among --processes"""
+    processes: int = 1
+    """Processes that share the studies"""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """A record that cannot be used: list all such records and stop, or go on without them"""
+    upstream_exact: str = ""
+    """Upstream's defects to reproduce, comma-separated: history_eot"""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """KEY=VALUE for what no file stores, such as lora.alpha=12 (repeatable)"""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def run(argv: list[str]) -> int:
+    args = common.parse(Args, argv, prog="jaxmed generate", description=DESCRIPTION)
+    defects = common.names(args.upstream_exact, UPSTREAM_DEFECTS, "--upstream-exact")
+    _check(args)
+    # imported late: --help and the errors above need no JAX
+    from jaxmed.api import load
+    from jaxmed.generate.journal import Journal
+    from jaxmed.generate.sampling import Sampling
+    from jaxmed.generate.studies import Request, Writer, check_records, finish
+    from jaxmed.sharding import make_mesh
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
+    records, problems = load_records(args.records)
+    mesh = make_mesh(args.mesh, jax.local_devices())
+    model = load(args.folder, args.base, args.tower, mesh, args.dtype, common.settings(args.set))
+    template = args.template or model.experiment.data.template
+    request = Request(
+        args.records,
+        args.embeddings or model.experiment.data.embeddings,
+        sampling,
+        args.max_new_tokens,
+        template,
+        args.control,
+        "history_eot" in defects,
+        args.keep_special_tokens,
+        args.token_ids,
+    )
+    skip = args.on_bad_record == "skip"
+    usable, problems = check_records(records, problems, request, model, skip)
+    journal = Journal(args.out, request.header(model), args.process)
+    missing = [record for record in usable if record.id not in journal.done]
+    share = missing[args.process :: args.processes]
+    common.notice(
+        f"{args.out}: {len(usable) - len(missing)} of {len(usable)} studies are done, {len(share)} are this process's"
+    )
+    try:
+        if share:
+            writer = Writer(model, request, args.batch)
+            with _progress(len(share)) as advance:
+                problems += writer.run(share, usable, journal, skip, advance)
+    finally:
+        journal.close()
+    bad = {problem.where for problem in problems}
+    complete = finish(journal, [record for record in usable if where(record) not in bad])
+    _report(args, problems, complete)
+    return 0
+
+
+def _check(args: Args) -> None:
+    if args.volumes or args.images:
+        flag = "--volumes" if args.volumes else "--images"
+        raise UserError(f"{flag}: this model reads token files; make them with `jaxmed encode` and give --embeddings")
+    if not os.path.isfile(args.records):
+        raise UserError(f"--records {args.records}: no such file")
+    if args.embeddings and not os.path.isdir(args.embeddings):
+        raise UserError(f"--embeddings {args.embeddings}: no such folder")
+    if not 0 <= args.process < args.processes:
+        raise UserError(f"--process {args.process} must be at least 0 and below --processes {args.processes}")
+    if args.batch < 1 or args.max_new_tokens < 1:
+        raise UserError("--batch and --max-new-tokens must be at least 1")
+    parent = os.path.dirname(os.path.abspath(args.out))
+    os.makedirs(parent, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[Record], None]]:
+    """A bar on stderr that advances by a study."""
+    columns = (TextColumn("studies"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda record: progress.advance(task)
+
+
+def _report(args: Args, problems: list, complete: bool) -> None:
+    if problems:
+        path = f"{args.out}.skipped.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"where": p.where, "what": p.what}) + "\n" for p in problems)
+        common.notice(f"{len(problems)} records were skipped; {path} lists them")
+    if complete:
+        print(args.out)
+    else:
+        common.notice(f"this process is done; {args.out} is written by the last process to finish")

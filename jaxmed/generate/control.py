@@ -1,0 +1,46 @@
+"""The wrong image on purpose: does a model's report depend on what it is shown?"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxmed.data.records import Record
+from jaxmed.errors import UserError
+from jaxmed.generate.prompts import Image
+
+KINDS = ("shuffled", "zeros", "noise")
+
+
+def exchanged(records: Sequence[Record], seed: int) -> dict[str, Record]:
+    """Record id -> the record whose images it is shown; never its own, and of as many images. Depends on records and seed alone."""
+    result: dict[str, Record] = {}
+    groups: dict[int, list[Record]] = {}
+    for record in records:
+        if record.images:
+            groups.setdefault(len(record.images), []).append(record)
+    for count, group in groups.items():
+        files = sorted({record.images for record in group})
+        if len(files) < 2:
+            raise UserError(
+                f"--control shuffled: all {len(group)} studies with {count} images show the same; none can be exchanged"
+            )
+        order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, count]))).permutation(len(files))
+        turned = {files[a]: files[b] for a, b in zip(order, np.roll(order, -1), strict=True)}
+        by_files = {record.images: record for record in group}
+        result |= {record.id: by_files[turned[record.images]] for record in group}
+    return result
+
+
+def controlled(image: Image, kind: str, name: str, seed: int) -> Image:
+    """An image of the same size with `zeros`, or `noise` of the same mean and spread in each feature (codes: random bits)."""
+    tokens = image.tokens
+    if kind == "zeros":
+        return dataclasses.replace(image, tokens=np.zeros_like(tokens))
+    digest = hashlib.sha256(f"{seed}\x00{name}".encode()).digest()
+    rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "little")))
+    if tokens.dtype == np.uint32:
+        return dataclasses.replace(image, tokens=rng.integers(0, 1 << 18, tokens.shape, dtype=np.uint32))
+    noise = rng.standard_normal(tokens.shape, dtype=np.float32) * tokens.std(axis=0) + tokens.mean(axis=0)
+    return dataclasses.replace(image, tokens=noise.astype(np.float32))
