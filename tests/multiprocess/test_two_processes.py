@@ -1,0 +1,134 @@
+"""Two processes on this machine, joined by the context axis over gloo: one job, the losses of one process."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxmed.config import DistributedConfig
+from jaxmed.distributed import wanted
+from jaxmed.errors import UserError
+from jaxmed.train.writer import read_rows
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "btb3d"
+STEPS = 4
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+
+def command(out: Path, flags: dict[str, object]) -> list[str]:
+    shared = {
+        "model.base": GOLDEN / "base",
+        "model.adapter": GOLDEN / "llava_lora_z2" / "checkpoint-16",
+        "model.dtype": "float32",
+        "data.records": GOLDEN / "records.json",
+        "data.eval-records": GOLDEN / "records_batch.json",
+        "data.embeddings": GOLDEN / "embeddings",
+        "data.buckets": 256,
+        "data.batch": 2,
+        "data.supervised": 64,
+        "visual.tokens": 30,
+        "train.steps": STEPS,
+        "train.save-every": 2,
+        "train.attention-chunk": 64,
+        "lora.dropout": 0.1,
+        "optim.learning-rate": 1e-3,
+        "out": out,
+    }
+    program = "from jaxmed.cli.main import main; main()"
+    both = (shared | flags).items()
+    return [sys.executable, "-c", program, "train", "btb3d", *(f"--{name}={value}" for name, value in both)]
+
+
+def run_one(out: Path) -> str:
+    done = subprocess.run(command(out, {}), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def run_two(out: Path) -> list[str]:
+    """What each of the two processes said."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    joined = {"distributed.coordinator": address, "distributed.processes": 2, "mesh.context": 2}
+    processes = [
+        subprocess.Popen(command(out, joined | {"distributed.process": i}), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    return said
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one") / "run"
+    run_one(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    out = tmp_path_factory.mktemp("two") / "run"
+    return out, run_two(out)
+
+
+def column(out: Path, name: str) -> list[float]:
+    return [row[name] for row in read_rows(str(out / "metrics.jsonl")) if name in row]
+
+
+def test_two_processes_give_the_losses_of_one(alone: Path, together: tuple[Path, list[str]]) -> None:
+    for name in ("loss", "eval_loss", "grad_norm"):
+        assert len(column(alone, name)) == (1 if name == "eval_loss" else STEPS)
+        np.testing.assert_allclose(column(together[0], name), column(alone, name), rtol=2e-5, err_msg=name)
+    assert column(together[0], "supervised_tokens") == column(alone, "supervised_tokens")
+
+
+def test_the_first_process_speaks_for_both(together: tuple[Path, list[str]]) -> None:
+    first, second = together[1]
+    assert "done: 4 steps" in first
+    assert "step" not in second and "done" not in second
+
+
+def test_one_process_goes_on_from_a_checkpoint_of_two(alone: Path, together: tuple[Path, list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(together[0], out)
+    shutil.rmtree(out / "checkpoints" / str(STEPS))
+    # the folder of the copy is another, its config the same
+    assert json.loads((out / "config.json").read_text())["mesh"]["context"] == 2
+    assert "going on after step 2" in run_one(out)
+    np.testing.assert_allclose(column(out, "loss"), column(alone, "loss"), rtol=2e-5)
+
+
+def test_half_a_job_description_is_refused() -> None:
+    with pytest.raises(UserError, match="go together"):
+        wanted(DistributedConfig(coordinator="localhost:1234"), {})
+    with pytest.raises(UserError, match="must be below"):
+        wanted(DistributedConfig("localhost:1234", processes=2, process=2), {})
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "job-0:1234"}, True),
+    ],
+    ids=str,
+)
+def test_the_environment_decides_where_the_flags_are_silent(environment: dict[str, str], several: bool) -> None:
+    assert wanted(DistributedConfig(), environment) == several
+    assert not wanted(DistributedConfig("localhost:1", processes=1, process=0), environment)
