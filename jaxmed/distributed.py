@@ -53,7 +53,9 @@ def wanted(config: DistributedConfig, environment: Mapping[str, str]) -> bool:
         if not config.process < config.processes:
             raise UserError(f"--distributed.process {config.process} must be below --distributed.processes {config.processes}")
         return config.processes > 1
-    slurm = int(environment.get("SLURM_NTASKS", "1") or 1) > 1 and "SLURM_PROCID" in environment
+    # a batch script has SLURM_NTASKS too; only what srun starts is one process of a step
+    started_by_srun = {"SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= environment.keys()
+    slurm = started_by_srun and int(environment.get("SLURM_NTASKS", "1")) > 1
     tpu_pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in environment
     job_set = bool(environment.get("JAX_COORDINATOR_ADDRESS"))
     return slurm or tpu_pod or job_set

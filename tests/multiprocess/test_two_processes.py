@@ -18,6 +18,7 @@ from jaxmed.train.writer import read_rows
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "btb3d"
 STEPS = 4
+SRUN = {"SLURM_STEP_NODELIST": "node[1-4]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 
 
@@ -121,8 +122,9 @@ def test_half_a_job_description_is_refused() -> None:
     ("environment", "several"),
     [
         ({}, False),
-        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, True),
+        (SRUN | {"SLURM_NTASKS": "1"}, False),
+        (SRUN | {"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, True),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # a batch script, before srun
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
         ({"JAX_COORDINATOR_ADDRESS": "job-0:1234"}, True),
