@@ -23,8 +23,8 @@ from jaxmed.distributed import all_agree, barrier, is_first
 from jaxmed.errors import UserError
 from jaxmed.types import TrainState
 
-# Orbax tells of its own housekeeping as warnings; its errors are raised, and told once
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Orbax logs its housekeeping, and every error in every thread that meets it; the errors are raised as well, and told once
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 FOLDER = "checkpoints"
 ITEMS = ("trainable", "opt", "meta")

@@ -9,13 +9,17 @@ import errno
 import json
 import math
 import os
+import socket
+import struct
 import sys
 import time
 from typing import Any
 
-import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from jaxmed.errors import UserError
 
@@ -86,6 +90,38 @@ class JsonLines:
             raise _full(error, self.path) from error
 
 
+class Scalars:
+    """TensorBoard's event file. Written here and now: tensorboardX's own writer has a thread, whose errors reach nobody."""
+
+    def __init__(self, folder: str, first_step: int):
+        """What earlier event files of the folder have from `first_step` on is void."""
+        os.makedirs(folder, exist_ok=True)
+        self.path = os.path.join(folder, f"events.out.tfevents.{time.time_ns() // 10**6}.{socket.gethostname()}")
+        self._file = open(self.path, "wb")  # noqa: SIM115 (kept open as long as the run)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._write(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write(self, event: Event) -> None:
+        data = event.SerializeToString()
+        header = struct.pack("<Q", len(data))
+        try:
+            self._file.write(header + struct.pack("<I", masked_crc32c(header)))
+            self._file.write(data + struct.pack("<I", masked_crc32c(data)))
+            self._file.flush()
+        except OSError as error:
+            raise _full(error, self.path) from error
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        except OSError as error:
+            raise _full(error, self.path) from error
+
+
 class Writer:
     """The voice of process 0; the other processes have `Silent`."""
 
@@ -94,19 +130,19 @@ class Writer:
         path = os.path.join(run, METRICS)
         cut_rows(path, start)
         self._rows = JsonLines(path)
-        self._board = tensorboardX.SummaryWriter(os.path.join(run, "tensorboard"), purge_step=start + 1)
+        self._board = Scalars(os.path.join(run, "tensorboard"), start + 1)
         self._line = ProgressLine(start, total)
 
     def step(self, row: dict[str, Any], shown: dict[str, Any]) -> None:
         """`shown`: what the progress line has beyond the row (`mfu`, 0 where the chip's peak is not known)."""
         self._rows.add(row)
-        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait"):
-            self._board.add_scalar(f"train/{name}", row[name], row["step"])
+        names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait")
+        self._board.add(row["step"], {f"train/{name}": row[name] for name in names})
         self._line.step(row | shown)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         self._rows.add(row)
-        self._board.add_scalar("eval/loss", row["eval_loss"], row["step"])
+        self._board.add(row["step"], {"eval/loss": row["eval_loss"]})
         self._line.say(f"step {row['step']}: evaluation loss {row['eval_loss']:.4f} over {row['eval_tokens']} tokens")
 
     def say(self, text: str) -> None:
