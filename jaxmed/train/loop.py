@@ -111,7 +111,11 @@ def report(summary: Summary, out: str, total: int) -> None:
     compiled = f"the step was compiled {summary.compilations} time{'s' if summary.compilations != 1 else ''}"
     say(f"done: {total} steps, checkpoint in {os.path.join(out, FOLDER, str(total))}; {compiled}")
     if summary.skipped:
-        say(f"{summary.skipped} records were left out; {os.path.join(out, 'skipped.jsonl')} says which and why")
+        say(f"{left_out(summary.skipped)}; {os.path.join(out, 'skipped.jsonl')} says which and why")
+
+
+def left_out(count: int) -> str:
+    return f"{count} record{'s' if count != 1 else ''} left out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +165,7 @@ class Run:
         self.writer = Writer(out, begin, total) if is_first() else Silent()
         self.skipped = Skipped(out, sources.train.problems + sources.train.voided, begin)
         if self.skipped.count:
-            self.writer.say(f"{self.skipped.count} records are left out, see {self.skipped.path}")
+            self.writer.say(f"{left_out(self.skipped.count)}: {self.skipped.path}")
         self.since, self.number = Window(), begin
         self.loss = self.eval_loss = math.nan
 

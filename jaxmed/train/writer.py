@@ -171,7 +171,8 @@ class ProgressLine:
 
     def __init__(self, start: int, total: int):
         self.total, self.console = total, Console(file=sys.stderr)
-        self._began, self._start, self._told = time.perf_counter(), start, -math.inf
+        self._first: tuple[int, float] | None = None  # step and moment of the first row: before it is compilation
+        self._told = -math.inf
         self._bar: Progress | None = None
         if self.console.is_terminal:
             columns = (TextColumn("{task.fields[text]}"), BarColumn(bar_width=None), TextColumn("{task.fields[left]}"))
@@ -186,12 +187,18 @@ class ProgressLine:
         )
         text += f"  MFU {row['mfu']:.0%}" if row["mfu"] else ""
         now = time.perf_counter()
-        left = (now - self._began) / max(row["step"] - self._start, 1) * (self.total - row["step"])
+        left = self._left(row["step"], now)
         if self._bar is not None:
-            self._bar.update(self._task, completed=row["step"], text=text, left=f"{duration(left)} left")
+            self._bar.update(self._task, completed=row["step"], text=text, left=left)
         elif now - self._told >= PLAIN_SECONDS or row["step"] == self.total:
             self._told = now
-            print(f"{text}  {duration(left)} left", file=sys.stderr, flush=True)
+            print(f"{text}  {left}".rstrip(), file=sys.stderr, flush=True)
+
+    def _left(self, step: int, now: float) -> str:
+        """Time left; "" where it cannot be known yet, or is over."""
+        self._first = self._first or (step, now)
+        steps, seconds = step - self._first[0], now - self._first[1]
+        return f"{duration(seconds / steps * (self.total - step))} left" if steps > 0 and step < self.total else ""
 
     def say(self, text: str) -> None:
         if self._bar is not None:

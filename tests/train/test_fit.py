@@ -275,7 +275,7 @@ def test_skipped_records_are_listed(poisonable: tuple[Experiment, Path], tmp_pat
     assert {"without_turns" in row["where"] for row in listed if row["step"] == 0} == {True}
     found = [(row["step"], row["where"].split("'")[1]) for row in listed if "NaN" in row["what"]]
     assert found == [(1, "report_generation_21"), (3, "batch_three_rounds")]
-    assert "3 records were left out" in capsys.readouterr().err
+    assert "3 records left out" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
     fit(e, str(tmp_path / "run"))
     assert len(read_rows(str(tmp_path / "run" / "skipped.jsonl"))) == len(listed)
