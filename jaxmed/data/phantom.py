@@ -23,7 +23,7 @@ LUNG_CENTRE = (73.0, 4.0, 8.0)
 # Upper, middle and lower zone in the lung's own coordinates, and how far from their middles nodules lie. Anywhere in the
 # lung would be fair as well, but takes several times the studies to learn (a linear probe: F1 0.8 instead of 0.95).
 NODULE_ZONES = ((0.1, 0.0, 0.5), (0.1, 0.0, 0.1), (0.1, 0.0, -0.3))
-NODULE_SPREAD = 0.2
+NODULE_SPREAD = 0.15
 Triple = tuple[float, float, float]
 
 
@@ -204,7 +204,7 @@ def _draw_effusion(canvas: _Canvas, lung: _Lung, rng: np.random.Generator) -> No
 
 def _draw_nodule(canvas: _Canvas, lung: _Lung, rng: np.random.Generator) -> None:
     """Solid, off the pleura, outside other disease: of some places tried, the first where nearly all around it is lung."""
-    radius = rng.uniform(15, 24)
+    radius = rng.uniform(17, 26)
     best, best_air = lung.centre, -1.0
     for _ in range(12):
         zone = NODULE_ZONES[rng.integers(len(NODULE_ZONES))]
