@@ -7,7 +7,9 @@ one process.
 
 import os
 import sys
+import traceback
 from collections.abc import Mapping
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
@@ -18,6 +20,8 @@ from jaxmed.errors import UserError
 INITIALISATION_SECONDS = 50
 HEARTBEAT_SECONDS = 50
 SHUTDOWN_SECONDS = 30
+REQUEUE = 75
+"""Exit code of a process that lost its peers: started again, the job goes on"""
 
 
 def initialise(config: DistributedConfig, environment: Mapping[str, str] = os.environ) -> None:
@@ -59,6 +63,19 @@ def wanted(config: DistributedConfig, environment: Mapping[str, str]) -> bool:
     tpu_pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in environment
     job_set = bool(environment.get("JAX_COORDINATOR_ADDRESS"))
     return slurm or tpu_pod or job_set
+
+
+def leave(error: BaseException) -> NoReturn:
+    """Ends this process of several at once, after telling why: 2 for what a person must mend, else `REQUEUE`.
+
+    An ordinary exit would wait for the others in a barrier that they never reach; they fail in their next collective, and
+    leave as well. Nothing is saved: the last complete checkpoint is where the job goes on.
+    """
+    mendable = isinstance(error, UserError)
+    text = str(error) if mendable else "".join(traceback.format_exception(error))
+    print(f"process {jax.process_index()} of {jax.process_count()}: {text.rstrip()}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2 if mendable else REQUEUE)
 
 
 def is_first() -> bool:

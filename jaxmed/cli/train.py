@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+import jax
 import tyro
 
 from jaxmed.cli import common
 from jaxmed.cli.validate import given_flags, resolve
 from jaxmed.config import Experiment
-from jaxmed.distributed import initialise, say
+from jaxmed.distributed import initialise, leave, say
 from jaxmed.errors import UserError
 
 HELP = "Fine-tune a model on records and their images; the same command goes on after an interruption"
@@ -37,14 +38,23 @@ def run(argv: list[str]) -> int:
     description = DESCRIPTION.format(configs=", ".join(common.shipped_configs()), config=config)
     args = common.parse(Args, flags, prog="jaxmed train CONFIG", description=description, default=default)
     initialise(args.experiment.distributed)
-    experiment, notices = resolve(args.experiment, given_flags(flags))
+    try:
+        train(args, given_flags(flags))
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        leave(error)
+    return 0
+
+
+def train(args: Args, given: frozenset[str]) -> None:
+    experiment, notices = resolve(args.experiment, given)
     for text in notices:
         say(text)
     # imported late: --help and the errors above need no Orbax
     from jaxmed.train.loop import fit
 
     fit(experiment, args.out)
-    return 0
 
 
 def long_forms(argv: list[str]) -> list[str]:

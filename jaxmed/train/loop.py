@@ -71,7 +71,8 @@ def fit(experiment: Experiment, out: str, devices: Sequence[jax.Device] | None =
             state, frozen = going_on(model, sources, *found, out) if found else fresh(model, sources)
             summary = Run(model, sources, frozen, checkpoints, out, total, int(state.step)).train(state)
         except BaseException:
-            checkpoints.abandon()
+            if jax.process_count() == 1:  # among several, waiting for a save may be waiting for one that is dead
+                checkpoints.abandon()
             raise
         checkpoints.wait()
         checkpoints.close()

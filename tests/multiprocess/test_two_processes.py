@@ -6,13 +6,15 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jaxmed.checkpoint.manager import complete_steps
 from jaxmed.config import DistributedConfig
-from jaxmed.distributed import wanted
+from jaxmed.distributed import REQUEUE, wanted
 from jaxmed.errors import UserError
 from jaxmed.train.writer import read_rows
 
@@ -52,16 +54,20 @@ def run_one(out: Path) -> str:
     return done.stderr
 
 
-def run_two(out: Path) -> list[str]:
-    """What each of the two processes said."""
+def start_two(out: Path, flags: dict[str, object]) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    joined = {"distributed.coordinator": address, "distributed.processes": 2, "mesh.context": 2}
-    processes = [
+    joined = {"distributed.coordinator": address, "distributed.processes": 2, "mesh.context": 2} | flags
+    return [
         subprocess.Popen(command(out, joined | {"distributed.process": i}), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
         for i in range(2)
     ]
+
+
+def run_two(out: Path) -> list[str]:
+    """What each of the two processes said."""
+    processes = start_two(out, {})
     try:
         said = [process.communicate(timeout=300)[1] for process in processes]
     finally:
@@ -109,6 +115,25 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(alone: Path, together: tup
     assert json.loads((out / "config.json").read_text())["mesh"]["context"] == 2
     assert "going on after step 2" in run_one(out)
     np.testing.assert_allclose(column(out, "loss"), column(alone, "loss"), rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_process_that_loses_its_peer_leaves_for_the_queue(tmp_path: Path) -> None:
+    """Soon, with the code that asks for a restart, and with whole checkpoints alone."""
+    processes = start_two(tmp_path / "run", {"train.steps": 5000, "train.save-every": 5})
+    try:
+        deadline = time.monotonic() + 240
+        while not complete_steps(str(tmp_path / "run" / "checkpoints")):
+            assert time.monotonic() < deadline and processes[1].poll() is None
+            time.sleep(0.05)
+        processes[1].kill()
+        said = processes[0].communicate(timeout=120)[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == REQUEUE, said
+    assert "process 0 of 2" in said
 
 
 def test_half_a_job_description_is_refused() -> None:
