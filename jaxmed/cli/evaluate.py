@@ -113,10 +113,10 @@ def _print(scores: scoring.Scores, notices: list[str], out: Path) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for name, value in scores.corpus.items():
         low, high = scores.intervals[name]
-        row = [evaluation.LABELS[name], f"{value:.3f}", f"{low:.3f} to {high:.3f}", f"{scores.always_commonest[name]:.3f}"]
+        row = [evaluation.LABELS[name], f"{value:.3f}", f"{low:.2f} to {high:.2f}", f"{scores.always_commonest[name]:.3f}"]
         if control:
             d_low, d_high = control.intervals[name]
-            row += [f"{control.corpus[name]:.3f}", f"{control.drop[name]:.3f}", f"{d_low:.3f} to {d_high:.3f}"]
+            row += [f"{control.corpus[name]:.3f}", f"{control.drop[name]:.3f}", f"{d_low:.2f} to {d_high:.2f}"]
         table.add_row(*row)
     rich.print(table)
     for line in evaluation.verdicts(scores):

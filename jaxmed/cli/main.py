@@ -1,6 +1,7 @@
 """`jaxmed COMMAND ...`: finds the command, runs it, and turns what the user can mend into one line and exit code 2."""
 
-import importlib
+import glob
+import importlib.util
 import os
 import sys
 
@@ -24,7 +25,15 @@ def overview() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
+    skip_absent_tpu()
     sys.exit(run(argv))
+
+
+def skip_absent_tpu() -> None:
+    """Where libtpu is installed for planning and no TPU is there, JAX would search for one and print its complaints."""
+    has_tpu = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") and not has_tpu:
+        os.environ["JAX_PLATFORMS"] = "cuda,cpu" if os.path.exists("/dev/nvidia0") else "cpu"
 
 
 def run(argv: list[str]) -> int:

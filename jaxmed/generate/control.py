@@ -14,7 +14,7 @@ KINDS = ("shuffled", "zeros", "noise")
 
 
 def exchanged(records: Sequence[Record], seed: int) -> dict[str, Record]:
-    """Record id -> the record whose images it is shown; never its own, and of as many images. Depends on records and seed alone."""
+    """Record id -> the record whose images it is shown: never its own, and as many; depends on records and seed alone."""
     result: dict[str, Record] = {}
     groups: dict[int, list[Record]] = {}
     for record in records:
