@@ -11,6 +11,7 @@ from jaxmed.cli.validate import given_flags, resolve
 from jaxmed.config import Experiment
 from jaxmed.distributed import initialise, leave, say
 from jaxmed.errors import UserError
+from jaxmed.train.loop import fit
 
 HELP = "Fine-tune a model on records and their images; the same command goes on after an interruption"
 
@@ -51,9 +52,6 @@ def train(args: Args, given: frozenset[str]) -> None:
     experiment, notices = resolve(args.experiment, given)
     for text in notices:
         say(text)
-    # imported late: --help and the errors above need no Orbax
-    from jaxmed.train.loop import fit
-
     fit(experiment, args.out)
 
 

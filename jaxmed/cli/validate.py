@@ -13,6 +13,7 @@ from jaxmed.checkpoint.adapter import run_experiment
 from jaxmed.checkpoint.folders import detect, llava_experiment, lora_config
 from jaxmed.checkpoint.hf_config import decoder_of, read_config
 from jaxmed.checkpoint.hf_io import read_json
+from jaxmed.checkpoint.manager import FOLDER, newest, read_meta
 from jaxmed.config import Experiment
 from jaxmed.errors import UserError
 
@@ -92,7 +93,8 @@ def _from_run(experiment: Experiment, run: Experiment) -> Experiment:
         pad_token=run.model.pad_token,
     )
     lora = dataclasses.replace(run.lora, dropout=experiment.lora.dropout) if run.lora.rank else experiment.lora
-    visual = dataclasses.replace(run.visual, images=experiment.visual.images)
+    signature = read_meta(os.path.join(adapter, FOLDER), newest(adapter))["encoder"]
+    visual = dataclasses.replace(run.visual, images=experiment.visual.images, encoder=run.visual.encoder or signature)
     embed = run.train.train_embed_tokens or experiment.train.train_embed_tokens
     train = dataclasses.replace(experiment.train, train_embed_tokens=embed)
     return dataclasses.replace(experiment, model=merged, lora=lora, visual=visual, train=train)

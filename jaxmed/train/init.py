@@ -58,14 +58,14 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
     placed = flatten(shardings)
     leaves = {path: describe(path, leaf, placed[path]) for path, leaf in flatten(nnx.to_pure_dict(state)).items()}
     trainable = {path: leaf for path, leaf in leaves.items() if trains(path)}
-    if not trainable:
-        raise UserError("nothing would be trained; set lora.rank above 0, or train.trainable to projector or all")
     frozen = {path: leaf for path, leaf in leaves.items() if not trains(path)}
     return Blueprint(experiment, mesh, rules, graphdef, unflatten(trainable), unflatten(frozen))
 
 
 def start(plan: Blueprint) -> tuple[Any, Any]:
     """-> trainable, frozen: the values of a run that has no checkpoint yet."""
+    if not plan.trainable:
+        raise UserError("nothing would be trained; set lora.rank above 0, or train.trainable to projector or all")
     trainable = set(flatten(plan.trainable))
     values = materialise(plan.experiment, flatten(plan.trainable) | flatten(plan.frozen), complete=True)
     halves = ({p: x for p, x in values.items() if (p in trainable) == wanted} for wanted in (True, False))

@@ -27,7 +27,9 @@ def open_data(experiment: Experiment, out: str) -> Sources:
     data = experiment.data
     tokenizer = open_tokenizer(experiment)
     train = scan(experiment, tokenizer, data.records)
-    held_out = scan(experiment, tokenizer, data.eval_records) if data.eval_records else None
+    # tokens of two encoders never mix, held-out ones included
+    same_encoder = dataclasses.replace(experiment, visual=dataclasses.replace(experiment.visual, encoder=train.encoder))
+    held_out = scan(same_encoder, tokenizer, data.eval_records) if data.eval_records else None
     for text in dict.fromkeys(train.notices + (held_out.notices if held_out else ())):
         say(text)
     digest = hashlib.sha256(repr([(s.record.id, s.size) for s in train.samples]).encode()).hexdigest()

@@ -314,6 +314,38 @@ def test_going_on_from_a_run_as_adapter(undisturbed: tuple[Path, Summary], base_
     assert list(chain(str(undisturbed[0]))) == [str(undisturbed[0])]
 
 
+def test_tokens_of_another_encoder_are_refused(
+    undisturbed: tuple[Path, Summary], base_case: Experiment, tmp_path: Path
+) -> None:
+    """Held-out files beside signed training files; and a run that went on from another's tokens."""
+    folders = {name: tmp_path / name for name in ("haar", "magvit")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        for file in (GOLDEN / "embeddings").iterdir():
+            with np.load(file) as archive:
+                write_npz(str(folder / file.name), archive["arr"][0], name)
+    rows = [r | {"image": f"magvit/{r['image']}"} for r in json.loads((GOLDEN / "records_batch.json").read_text())]
+    (tmp_path / "held_out.json").write_text(json.dumps(rows))
+    train_rows = [r | {"image": f"haar/{r['image']}"} for r in json.loads((GOLDEN / "records_batch.json").read_text())]
+    (tmp_path / "train.json").write_text(json.dumps(train_rows))
+    paths = {
+        "records": str(tmp_path / "train.json"),
+        "eval_records": str(tmp_path / "held_out.json"),
+        "embeddings": str(tmp_path),
+    }
+    with pytest.raises(BadRecords, match=r"written by encoder 'magvit', expected 'haar'"):
+        fit(change(base_case, data=paths), str(tmp_path / "run"))
+    run = tmp_path / "signed"
+    shutil.copytree(undisturbed[0], run)
+    meta = run / "checkpoints" / "6" / "meta" / "metadata"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"encoder": "magvit"}))
+    e = dataclasses.replace(base_case, model=dataclasses.replace(base_case.model, adapter=str(run)))
+    resolved, _ = resolve(change(e, data=paths | {"eval_records": ""}), frozenset())
+    assert resolved.visual.encoder == "magvit"
+    with pytest.raises(BadRecords, match=r"written by encoder 'haar', expected 'magvit'"):
+        fit(resolved, str(tmp_path / "other"))
+
+
 def test_nothing_to_train_is_an_error(base_case: Experiment, tmp_path: Path) -> None:
     e = dataclasses.replace(base_case, model=dataclasses.replace(base_case.model, adapter=""), lora=LoraConfig(rank=0))
     text = change(e, visual={"kind": "none"})
