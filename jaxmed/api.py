@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.adapter import run_experiment
 from jaxmed.checkpoint.folders import KINDS, detect, llava_experiment
 from jaxmed.checkpoint.hf_config import decoder_of
+from jaxmed.checkpoint.hf_io import base_fingerprint
 from jaxmed.checkpoint.load import export_names
 from jaxmed.config import Experiment, MeshConfig, ModelConfig, VisualConfig, replace_field
 from jaxmed.data.conversation import check_template, encode_prompt, encode_training, strip_terminal
@@ -34,6 +36,7 @@ from jaxmed.generate.sampling import Sampling
 from jaxmed.generate.scheduler import Scheduler, Task, run_all
 from jaxmed.generate.training_rows import training_batch
 from jaxmed.generate.weights import load_weights, splits_layers
+from jaxmed.models.presets import LLAMA3_1_8B
 from jaxmed.sharding import make_mesh, rules_for
 from jaxmed.train.init import blueprint, start
 from jaxmed.train.step import TokenCrossEntropy
@@ -90,13 +93,9 @@ def resolve(folder: str, base: str, dtype: str, overrides: Mapping[str, Any]) ->
     """The experiment that a folder describes, its weights named by `model.base` and `model.adapter`."""
     kind = detect(folder)
     if kind == "run":
-        found = run_experiment(folder)
-        own = os.path.join(folder, "tokenizer")
-        model = dataclasses.replace(found.model, adapter=folder, base=base or found.model.base, tokenizer=own)
-        found = dataclasses.replace(found, model=model)
+        found = _of_run(folder, base)
     elif kind == "llava_lora":
-        bare = Experiment(model=ModelConfig(decoder=decoder_of(base))) if base else _any_experiment()
-        found = llava_experiment(folder, base, bare)
+        found = llava_experiment(folder, base, Experiment(model=ModelConfig(decoder=LLAMA3_1_8B)))
     elif kind == "hf":
         found = Experiment(
             model=ModelConfig(decoder=decoder_of(folder), base=folder), visual=VisualConfig(kind="none", images=0, tokens=0)
@@ -112,10 +111,20 @@ def resolve(folder: str, base: str, dtype: str, overrides: Mapping[str, Any]) ->
     return found
 
 
-def _any_experiment() -> Experiment:
-    from jaxmed.models.presets import LLAMA3_1_8B
-
-    return Experiment(model=ModelConfig(decoder=LLAMA3_1_8B))
+def _of_run(folder: str, base: str) -> Experiment:
+    """A run's own config, its newest checkpoint as the adapter, its base where it is now."""
+    found = run_experiment(folder)
+    meta = manager.read_meta(os.path.join(folder, manager.FOLDER), manager.newest(folder))
+    base = base or found.model.base
+    if base and not os.path.isdir(base):
+        raise UserError(f"{folder}: its base model {base!r} is not on this machine; give its folder as base (--base)")
+    if base and base_fingerprint(base) != meta["base_fingerprint"]:
+        raise UserError(
+            f"{folder}: was trained on another base than {base} (the weights differ); give the right one as base (--base)"
+        )
+    model = dataclasses.replace(found.model, adapter=folder, base=base, tokenizer=os.path.join(folder, "tokenizer"))
+    visual = dataclasses.replace(found.visual, encoder=found.visual.encoder or meta["encoder"])
+    return dataclasses.replace(found, model=model, visual=visual)
 
 
 class Model:
@@ -222,7 +231,7 @@ class Model:
             batch = left_padded([made], self.rows, bucket_of(made, self.experiment), self.experiment)
             logits = self.engine.logits(put(batch, self.mesh, self.rules))
             kept = batch.segment_ids[0] != 0
-            result.append(np.asarray(logits[0], np.float32)[kept][:, :size])
+            result.append(np.asarray(logits)[0][kept][:, :size])
         return result
 
     def image_features(self, images: Sequence[ImageInput]) -> list[np.ndarray]:
@@ -241,7 +250,7 @@ class Model:
         features, tokens = self.engine.image_arrays(batch)
         count = int(np.prod(made.images[0].grid))
         places = count if bucket.stride == bucket.tokens else bucket.stride
-        return np.asarray(features[0, 0], np.float32)[:count], np.asarray(tokens[0], np.float32)[:places]
+        return np.asarray(features, np.float32)[0, 0, :count], np.asarray(tokens, np.float32)[0, :places]
 
     # -- training ----------------------------------------------------------------------------------------------------------
 
