@@ -202,7 +202,7 @@ def test_published_pool_sizes():
 def test_position_code_against_the_closed_form(grid, d):
     ours = position_code(jnp.asarray([[grid]]), math.prod(grid), d)
     assert ours.dtype == jnp.float32
-    np.testing.assert_allclose(ours[0, 0], closed_form(grid, d), atol=3e-6)
+    np.testing.assert_allclose(ours[0, 0], closed_form(grid, d), atol=1e-6)
 
 
 def test_position_code_needs_a_width_of_thirds():
