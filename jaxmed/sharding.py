@@ -33,6 +33,8 @@ class Rules:
     kv_heads: tuple[str, ...] = ("tensor",)
     mlp: tuple[str, ...] = ("tensor",)
     vocab: tuple[str, ...] = ("tensor",)
+    adapter: tuple[str, ...] = ("tensor", "fsdp")
+    """the long axis of LoRA's A and B as they are stored; in this order, gathering over fsdp leaves whole tensor shards"""
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """One entry per dimension; None is an unsharded one."""
@@ -87,6 +89,11 @@ def check_divisible(experiment: Experiment, mesh_shape: dict[str, int]) -> None:
     ]
     per_microbatch = data.batch // data.microbatches
     checks.append(("data.batch / data.microbatches", per_microbatch, "mesh.data x fsdp", rows, per_microbatch % rows == 0))
+    if experiment.lora.rank:
+        whole = fsdp * tensor
+        ends = {"width": decoder.width, "mlp": decoder.mlp, "heads x head_dim": decoder.heads * decoder.head_dim}
+        ends["kv_heads x head_dim"] = decoder.kv_heads * decoder.head_dim
+        checks += [(f"model.decoder.{n} (LoRA)", v, "mesh.fsdp x tensor", whole, v % whole == 0) for n, v in ends.items()]
     if context > 1:
         pieces = 2 * context
         checks += [(f"data.buckets entry {b}", b, "2 x mesh.context", pieces, b % pieces == 0) for b in data.buckets]

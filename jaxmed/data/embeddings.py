@@ -9,6 +9,7 @@ A code is 18 signs in the low bits of a uint32, channel 0 the most significant: 
 import contextlib
 import math
 import os
+import threading
 import zipfile
 from dataclasses import dataclass
 from typing import IO
@@ -21,6 +22,8 @@ from jaxmed.errors import UserError
 CODE_BITS = 18
 SUFFIX = ".nii_embedded.npz"
 Grid = tuple[int, int, int]
+# numpy reads headers with ast.literal_eval, whose recursion count CPython 3.11 keeps for all threads together: two at once fail
+_HEADERS = threading.Lock()
 
 
 def npz_name(image: str) -> str:
@@ -60,7 +63,7 @@ def read_header(path: str) -> Header:
                 found = ", ".join(sorted(names)) or "nothing"
                 raise UserError(f"{path}: no array `arr` or `codes` in it (found: {found}); write the tokens under `arr`")
             with archive.open(names[key]) as member:
-                shape, dtype, offset = _read_npy_header(member)
+                shape, dtype, _, offset = _read_npy_header(member)
             if not dtype.hasobject and names[key].file_size != offset + dtype.itemsize * math.prod(shape):
                 raise UserError(f"{path}: `{key}` is cut short; copy or encode the file again")
             encoder = _read_encoder(archive, path) if "encoder" in names else ""
@@ -73,18 +76,26 @@ def read_header(path: str) -> Header:
     return Header(path, _token_shape(path, key, shape, dtype), dtype.name, key, encoder)
 
 
-def _read_npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, dtype and length of the header in bytes."""
+def _read_npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+    """Shape, dtype, whether the first axis runs fastest, and length of the header in bytes."""
     version = np.lib.format.read_magic(member)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f"npy format {version} is not known")
-    shape, _, dtype = readers[version](member)
-    return shape, dtype, member.tell()
+    with _HEADERS:
+        shape, fortran, dtype = readers[version](member)
+    return shape, dtype, fortran, member.tell()
+
+
+def _read_member(path: str, key: str) -> np.ndarray:
+    """The array `key` of a file whose header is known to be sound; read-only."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
+        shape, dtype, fortran, _ = _read_npy_header(member)
+        return np.frombuffer(member.read(), dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _read_encoder(archive: zipfile.ZipFile, path: str) -> str:
-    with archive.open("encoder.npy") as member:
+    with _HEADERS, archive.open("encoder.npy") as member:
         name = np.lib.format.read_array(member, allow_pickle=False)
     if name.size != 1 or name.dtype.kind not in "US":
         raise UserError(f"{path}: `encoder` must be one string, found {name.dtype} with shape {name.shape}")
@@ -162,8 +173,7 @@ def load_tokens(path: str, visual: VisualConfig) -> tuple[np.ndarray, Grid]:
     if problem:
         raise UserError(f"{path}: {problem}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            array = archive[header.key][0]
+        array = _read_member(path, header.key)[0]
     except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
         raise UserError(f"{path}: `{header.key}` cannot be read ({error}); copy or encode the file again") from None
     return _checked_tokens(header, array, visual)

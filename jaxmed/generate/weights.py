@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, reshard
 
 from jaxmed.checkpoint.adapter import upstream_sources
 from jaxmed.checkpoint.hf_io import open_folder
@@ -97,7 +97,12 @@ def _merger(adapter: Adapter, dtype: jnp.dtype):
     """-> (weight, lora_a, lora_b, sharding) -> the merged weight in `dtype`"""
 
     def merge(weight: jax.Array, a: jax.Array, b: jax.Array, sharding: NamedSharding) -> jax.Array:
-        join = jax.jit(lambda w, a, b: merged_weight(w, a, b, adapter.scale).astype(dtype), out_shardings=sharding)
-        return join(weight, a, b)
+        *stack, rows, columns = sharding.spec
+
+        def join(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+            a, b = reshard(a, type(sharding.spec)(*stack, None, columns)), reshard(b, type(sharding.spec)(*stack, rows, None))
+            return merged_weight(weight, a, b, adapter.scale).astype(dtype)
+
+        return jax.jit(join, out_shardings=sharding)(weight, a, b)
 
     return merge

@@ -1,8 +1,8 @@
 """The one Linear, with its optional LoRA adapter.
 
-y = W x + b + alpha / rank * B (A dropout(x)). W [out, in] is stored as Hugging Face stores it; A [R, in] carries the input's
-axis, B [out, R] the output's; B starts at zero. LoRA: Hu et al., arXiv 2106.09685; layout and initialisation as in
-huggingface/peft, src/peft/tuners/lora/layer.py.
+y = W x + b + alpha / rank * B (A dropout(x)). W [out, in] is stored as Hugging Face stores it. A [R, in] and B [out, R], which
+starts at zero, are stored split over fsdp and tensor alike, with their moments, and used split as input and output are. LoRA: Hu
+et al., arXiv 2106.09685; layout and initialisation as in huggingface/peft, src/peft/tuners/lora/layer.py.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import reshard
 
 from jaxmed.nn.dropout import Dropout
 from jaxmed.nn.param import Axes, constant, gathered, normal, uniform
@@ -53,8 +54,10 @@ class Linear(nnx.Module):
         if bias:
             self.bias = uniform(key_b, (out_features,), bound if std < 0 else 0.0, axes[:1])
         if adapter.rank:
-            self.lora_a = uniform(key_a, (adapter.rank, in_features), bound, (None, axes[1]))
-            self.lora_b = constant((out_features, adapter.rank), 0.0, (axes[0], None))
+            self.lora_a = uniform(key_a, (adapter.rank, in_features), bound, (None, "adapter"))
+            self.lora_b = constant((out_features, adapter.rank), 0.0, ("adapter", None))
+        # the feature axes as activations have them: fsdp splits parameters alone
+        self.out_axis, self.in_axis = (axis if axis != "embed" else None for axis in axes)
         self.has_bias, self.adapter = bias, adapter
 
     def __call__(self, x: jax.Array, rules: Rules, axes: Axes, dropout: Dropout | None) -> jax.Array:
@@ -64,10 +67,9 @@ class Linear(nnx.Module):
         if self.has_bias:
             y = y + gathered(self.bias, rules).astype(x.dtype)
         if self.adapter.rank:
-            a, b = (gathered(p, rules).astype(x.dtype) for p in (self.lora_a, self.lora_b))
-            # the input's feature axis as an activation is its parameter axis, except that fsdp never splits activations
-            in_axis = self.lora_a.axes[1] if self.lora_a.axes[1] != "embed" else None
-            dropped = dropout(x, rules, in_axis) if dropout is not None else x
+            a = reshard(self.lora_a[...], rules.spec(None, self.in_axis)).astype(x.dtype)
+            b = reshard(self.lora_b[...], rules.spec(self.out_axis, None)).astype(x.dtype)
+            dropped = dropout(x, rules, self.in_axis) if dropout is not None else x
             z = jnp.einsum("bti,ri->btr", dropped, a, out_sharding=rules.spec(*axes[:-1], None))
             y = y + self.adapter.scale * jnp.einsum("btr,or->bto", z, b, out_sharding=out)
         return y

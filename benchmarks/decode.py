@@ -1,0 +1,81 @@
+"""Greedy decoding against transformers with the same weights, in float32.
+
+    python benchmarks/decode.py [--shape 110m] [--batches 1 8 32] [--runs 5]
+
+A step is the difference between a long and a short answer, divided by the tokens between: prefill and start cancel out.
+The limit on a CPU is memory bandwidth: every weight is read once a step.
+"""
+
+import argparse
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+import common
+
+SHORT, LONG, PROMPT = 4, 36, 60
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=common.SHAPES, default="110m")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+
+    import numpy as np
+    import torch
+    import transformers
+
+    import jaxmed
+    from jaxmed.generate.prompts import Prompt, bucket_of, left_padded, put
+    from jaxmed.generate.sampling import Sampling
+    from jaxmed.generate.scheduler import draw_keys
+
+    torch.set_num_threads(common.THREADS)
+    print(common.machine())
+    print("| shape | batch | jaxmed ms/step | GB/s | transformers ms/step | ratio |\n|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        common.write_llama(common.SHAPES[args.shape], Path(folder))
+        theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        ours = jaxmed.load(folder, dtype="float32")
+        size = sum(p.numel() for p in theirs.parameters()) - theirs.model.embed_tokens.weight.numel()
+        for rows in args.batches:
+            ids = np.random.default_rng(0).integers(1, 3000, (rows, PROMPT))
+            prompts = [Prompt(row.astype(np.int32), ()) for row in ids]
+            batch = put(
+                left_padded(prompts, rows, bucket_of(prompts[0], ours.experiment), ours.experiment), ours.mesh, ours.rules
+            )
+            keys = draw_keys(0, [(str(i), 0) for i in range(rows)], rows)
+            tokens = torch.tensor(ids)
+
+            def jaxmed_run(length: int, batch=batch, keys=keys):
+                return ours.engine(batch, keys, Sampling(), length)
+
+            @torch.no_grad()
+            def peer_run(length: int, tokens=tokens):
+                return theirs.generate(
+                    input_ids=tokens, attention_mask=torch.ones_like(tokens), do_sample=False, min_new_tokens=length,
+                    max_new_tokens=length, pad_token_id=0,
+                )  # fmt: skip
+
+            sides = {
+                (n, g): (lambda run=run, g=g: run(g))
+                for n, run in (("ours", jaxmed_run), ("peer", peer_run))
+                for g in (SHORT, LONG)
+            }
+            middle = common.medians(common.interleaved(sides, args.runs))
+            step = {n: (middle[n, LONG] - middle[n, SHORT]) / (LONG - SHORT) for n in ("ours", "peer")}
+            speed = 4 * size / step["ours"] / 1e9
+            print(
+                f"| {args.shape} | {rows} | {1e3 * step['ours']:.1f} | {speed:.1f} | {1e3 * step['peer']:.1f} | "
+                f"{step['peer'] / step['ours']:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    threads = f"--xla_cpu_multi_thread_eigen={'true' if common.THREADS > 1 else 'false'} intra_op_parallelism_threads={common.THREADS}"
+    os.environ.setdefault("XLA_FLAGS", threads)
+    main()
