@@ -21,8 +21,8 @@ AIR, FAT, TISSUE, LUNG, EMPHYSEMA, BONE, NODULE = -1000.0, -100.0, 40.0, -860.0,
 LUNG_AXES = (58.0, 80.0, 128.0)
 LUNG_CENTRE = (73.0, 4.0, 8.0)
 # Upper, middle and lower zone in the lung's own coordinates, and how far from their middles nodules lie. Anywhere in the
-# lung would be fair as well, but takes several times the studies to learn (a linear probe: F1 0.8 instead of 0.95). Calcified, since at the density of
-# other soft parts the small model of a quickstart hardly learns them in 800 steps.
+# lung would be fair as well, but takes several times the studies to learn (a linear probe: F1 0.8 instead of 0.95). They
+# are calcified (NODULE): at the density of soft parts a small model hardly learns them in 800 steps.
 NODULE_ZONES = ((0.1, 0.0, 0.5), (0.1, 0.0, 0.1), (0.1, 0.0, -0.3))
 NODULE_SPREAD = 0.15
 Triple = tuple[float, float, float]
