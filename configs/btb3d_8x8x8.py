@@ -8,7 +8,7 @@ The files hold 18 channels on a (31, 64, 64) grid; the merge happens when they a
 import dataclasses
 
 from jaxmed._configs import btb3d
-from jaxmed.config import Experiment, LoraConfig, VisualConfig
+from jaxmed.config import EncodeConfig, Experiment, LoraConfig, VisualConfig
 
 
 def get_config() -> Experiment:
@@ -16,4 +16,5 @@ def get_config() -> Experiment:
         btb3d.get_config(),
         visual=VisualConfig(kind="embeddings", images=1, tokens=31744, features=72, grid=(31, 32, 32), merge=(1, 2, 2)),
         lora=LoraConfig(rank=64, alpha=128.0, dropout=0.05),
+        encode=EncodeConfig(levels=(3, 3, 3)),
     )

@@ -36,7 +36,6 @@ DECODER = DecoderConfig(
     norm_eps=1e-5,
     rope=RopeConfig(theta=10000.0),
     max_positions=128,
-    initializer_range=0.125,
 )
 
 
@@ -49,6 +48,6 @@ def get_config() -> Experiment:
             learning_rate=4e-3, weight_decay=0.05, b2=0.99, warmup_steps=40, final_fraction=0.02, max_grad_norm=1.0
         ),
         train=TrainConfig(steps=800, seed=0, trainable="all", remat="none", save_every=200, log_every=20, keep=2),
-        data=DataConfig(batch=32, buckets=(96,), supervised=64, template="minimal"),
+        data=DataConfig(batch=32, buckets=(96,), supervised=56, template="minimal"),
         encode=EncodeConfig(canvas=(48, 48, 32), spacing=(8.0, 8.0, 10.5), levels=(2, 2, 2)),
     )

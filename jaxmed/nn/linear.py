@@ -1,7 +1,7 @@
 """The one Linear, with its optional LoRA adapter.
 
 y = W x + b + alpha / rank * B (A dropout(x)). W [out, in] is stored as Hugging Face stores it. A [R, in] and B [out, R], which
-starts at zero, are stored split over fsdp and tensor alike, with their moments, and used split as input and output are. LoRA: Hu
+starts at zero, are stored split over fsdp and tensor alike, with their moments; used split as input and output are. LoRA: Hu
 et al., arXiv 2106.09685; layout and initialisation as in huggingface/peft, src/peft/tuners/lora/layer.py.
 """
 
