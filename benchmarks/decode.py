@@ -7,7 +7,6 @@ The limit on a CPU is memory bandwidth: every weight is read once a step.
 """
 
 import argparse
-import functools
 import os
 import tempfile
 from pathlib import Path
@@ -76,6 +75,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    threads = f"--xla_cpu_multi_thread_eigen={'true' if common.THREADS > 1 else 'false'} intra_op_parallelism_threads={common.THREADS}"
+    eigen = "true" if common.THREADS > 1 else "false"
+    threads = f"--xla_cpu_multi_thread_eigen={eigen} intra_op_parallelism_threads={common.THREADS}"
     os.environ.setdefault("XLA_FLAGS", threads)
     main()

@@ -20,6 +20,7 @@ from jaxmed.config import DecoderConfig, LoraConfig
 from jaxmed.nn.attention import Layout, Mask, attention, cached_attention
 from jaxmed.nn.block import Block
 from jaxmed.nn.dropout import Dropout
+from jaxmed.nn.linear import product
 from jaxmed.nn.norm import RMSNorm
 from jaxmed.nn.param import gathered, normal
 from jaxmed.nn.rope import rope_angles
@@ -186,23 +187,21 @@ class Decoder(nnx.Module):
         `length_axis` is how T is sharded; `table` a `head_table` fetched before a loop.
         """
         table = self.head_table(rules) if table is None else table
-        out = rules.spec("batch", length_axis, "vocab")
-        product = jnp.einsum(
-            "btd,vd->btv", hidden, table.astype(hidden.dtype), out_sharding=out, preferred_element_type=jnp.float32
-        )
-        column = jax.lax.broadcasted_iota(jnp.int32, (1, 1, product.shape[-1]), 2, out_sharding=rules.spec(None, None, "vocab"))
-        base, size = self.config.vocab, self.config.vocab + self.added
+        axes = ("batch", length_axis, "vocab")
+        logits = product(hidden, table.astype(hidden.dtype), rules, axes, jnp.float32)
+        column = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2, out_sharding=rules.spec(None, None, "vocab"))
+        size = self.config.vocab + self.added
         if self.config.tied and self.added:
-            product = self._overlay_added(product, hidden, column, rules, out)
-        return jnp.where(column < size, product, -1e30) if size < product.shape[-1] or base != size else product
+            logits = self._overlay_added(logits, hidden, column, rules)
+        return jnp.where(column < size, logits, -1e30) if size < logits.shape[-1] else logits
 
-    def _overlay_added(self, product: jax.Array, hidden: jax.Array, column: jax.Array, rules: Rules, out: Any) -> jax.Array:
+    def _overlay_added(self, logits: jax.Array, hidden: jax.Array, column: jax.Array, rules: Rules) -> jax.Array:
         """A tied head reads the trained rows of added tokens too."""
         rows = gathered(self.embed.added, rules).astype(hidden.dtype)
         for a in range(self.added):
             logit = jnp.einsum("btd,d->bt", hidden, rows[a], preferred_element_type=jnp.float32)
-            product = jnp.where(column == self.config.vocab + a, logit[..., None], product)
-        return product
+            logits = jnp.where(column == self.config.vocab + a, logit[..., None], logits)
+        return logits
 
 
 def _write(cache: jax.Array, new: jax.Array, at: jax.Array | int) -> jax.Array:
