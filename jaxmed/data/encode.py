@@ -1,7 +1,8 @@
-"""A folder of CT volumes to a flat folder of signed token files, in several processes, going on where it stopped.
+"""A folder of CT volumes to a flat folder of signed token files, going on where it stopped; with the Haar encoder.
 
 `x.nii.gz` anywhere below the folder becomes `OUT/x.nii_embedded.npz`, `arr` (1, C, T, H, W) float32, with the encoder's
 signature. A file that is there is whole (it is renamed into place), so it is left alone; one of another encoder is refused.
+`plan_folder` and `collect` serve any encoder.
 """
 
 import functools
@@ -9,6 +10,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +26,7 @@ from jaxmed.errors import BadRecords, Problem, UserError
 ENDINGS = (".nii.gz", ".nii")
 # Canvases below this many voxels are encoded in milliseconds.
 SMALL = 2**20
+OnBadRecord = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,23 @@ class EncodeSummary:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
+    """A volume to encode."""
+
     path: str
     metadata: VolumeMetadata | None
     out: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a folder asks for, known before a voxel is read."""
+
+    jobs: tuple[Job, ...]
+    problems: tuple[Problem, ...]
+    """Volumes that cannot be jobs"""
+    present: int
+    """Files that are there already"""
 
 
 def find_volumes(folder: str) -> list[str]:
@@ -69,17 +85,26 @@ def encode_folder(
     config: EncodeConfig,
     metadata: str = "",
     override: Override = "auto",
-    on_bad_record: Literal["stop", "skip"] = "stop",
+    on_bad_record: OnBadRecord = "stop",
     processes: int = 0,
 ) -> EncodeSummary:
-    """Encode every volume that has no token file yet.
+    """Encode every volume that has no token file yet with the Haar encoder."""
+    started = time.monotonic()
+    names = haar.band_names(config)
+    haar.check_bands(config)
+    work = plan_folder(volumes, out, haar.signature(config), metadata, override, on_bad_record)
+    job = functools.partial(_encode_one, config=config, override=override)
+    small = config.canvas[0] * config.canvas[1] * config.canvas[2] <= SMALL
+    results = over_items(job, work.jobs, processes, f"Encoding ({len(names)} features)", small)
+    return collect(work, results, out, on_bad_record, started)
+
+
+def plan_folder(volumes: str, out: str, signature: str, metadata: str, override: Override, on_bad_record: OnBadRecord) -> Work:
+    """The volumes without a token file of the encoder that signs with `signature`; makes the folder `out`.
 
     Headers and metadata rows of all of them are checked first and their problems listed at once; what only the voxels
     tell (no air, NaN, a cut file) is found on the way. `skip` lists both in OUT/skipped.jsonl.
     """
-    started = time.monotonic()
-    names = haar.band_names(config)
-    haar.check_bands(config)
     paths = find_volumes(volumes)
     table = Metadata(metadata) if metadata else None
     if override == "csv" and not table:
@@ -88,14 +113,19 @@ def encode_folder(
         os.makedirs(out, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from None
-    missing = [path for path in paths if not _present(os.path.join(out, npz_name(os.path.basename(path))), config)]
+    missing = [path for path in paths if not _present(os.path.join(out, npz_name(os.path.basename(path))), signature)]
     jobs, problems = _check(missing, table, out)
     if problems and on_bad_record == "stop":
         raise BadRecords(problems)
+    return Work(tuple(jobs), tuple(problems), len(paths) - len(missing))
+
+
+def collect(
+    work: Work, results: Generator[str | Problem, None, None], out: str, on_bad_record: OnBadRecord, started: float
+) -> EncodeSummary:
+    """Runs the encoding; each result is the rule that gave the Hounsfield units, in words, or a problem."""
     readings: Counter[str] = Counter()
-    job = functools.partial(_encode_one, config=config, override=override)
-    small = config.canvas[0] * config.canvas[1] * config.canvas[2] <= SMALL
-    results = over_items(job, jobs, processes, f"Encoding ({len(names)} features)", small)
+    problems = list(work.problems)
     for result in results:
         if isinstance(result, str):
             readings[result] += 1
@@ -105,12 +135,10 @@ def encode_folder(
             results.close()
             raise BadRecords(problems)
     _write_skipped(out, problems)
-    return EncodeSummary(
-        readings.total(), len(paths) - len(missing), tuple(problems), dict(readings), time.monotonic() - started
-    )
+    return EncodeSummary(readings.total(), work.present, tuple(problems), dict(readings), time.monotonic() - started)
 
 
-def _present(path: str, config: EncodeConfig) -> bool:
+def _present(path: str, signature: str) -> bool:
     """Whether the file is there and whole. Tokens of two encoders in one folder would be mistaken for each other."""
     if not os.path.exists(path):
         return False
@@ -119,15 +147,15 @@ def _present(path: str, config: EncodeConfig) -> bool:
     except UserError:
         # Damaged on disk (files are renamed into place when complete): it is written again.
         return False
-    if header.encoder != haar.signature(config):
+    if header.encoder != signature:
         raise UserError(
-            f"{path} was written by {header.encoder or 'an encoder that did not sign'}, this is {haar.signature(config)}; "
+            f"{path} was written by {header.encoder or 'an encoder that did not sign'}, this is {signature}; "
             "give another --out, or remove the old files"
         )
     return True
 
 
-def _check(paths: list[str], table: Metadata | None, out: str) -> tuple[list[_Job], list[Problem]]:
+def _check(paths: list[str], table: Metadata | None, out: str) -> tuple[list[Job], list[Problem]]:
     """What can be told without voxels."""
     jobs, problems = [], []
     for path in paths:
@@ -135,24 +163,25 @@ def _check(paths: list[str], table: Metadata | None, out: str) -> tuple[list[_Jo
             read_header(path)
             row = table.of(path) if table else None
         except UserError as error:
-            problems.append(_problem(path, error))
+            problems.append(problem_of(path, error))
         else:
-            jobs.append(_Job(path, row, os.path.join(out, npz_name(os.path.basename(path)))))
+            jobs.append(Job(path, row, os.path.join(out, npz_name(os.path.basename(path)))))
     return jobs, problems
 
 
-def _encode_one(job: _Job, config: EncodeConfig, override: Override) -> str | Problem:
+def _encode_one(job: Job, config: EncodeConfig, override: Override) -> str | Problem:
     """The rule that gave the Hounsfield units, in words, or what keeps the volume from being encoded."""
     try:
         volume = read_volume(job.path, job.metadata, override)
         tokens = haar.encode(preprocess(volume, config), config)
     except UserError as error:
-        return _problem(job.path, error)
+        return problem_of(job.path, error)
     write_npz(job.out, tokens, haar.signature(config))
     return volume.reading.chosen
 
 
-def _problem(path: str, error: UserError) -> Problem:
+def problem_of(path: str, error: UserError) -> Problem:
+    """The message without the path that it begins with."""
     return Problem(path, str(error).removeprefix(f"{path}: "))
 
 
