@@ -244,7 +244,7 @@ def test_text_only_records_are_taken_as_they_are():
 def test_minimal_supervises_every_answer_with_its_end(bos):
     tokenizer = adapter(added=required_tokens("minimal"))
     if not bos:
-        state = json.loads(tokenizer._raw.to_str()) | {"post_processor": None}
+        state = json.loads(tokenizer._backend.state()) | {"post_processor": None}
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(state)))
     assert tokenizer.prefix == ((421,) if bos else ())
     example = encode_training(record("<image>\nQ", "Normal.", "And now?", "\nNo."), tokenizer, "minimal")
