@@ -13,12 +13,12 @@ from jaxmed.models.volume_encoder import VolumeEncoderConfig
 
 _ANCHOR = "encoder.conv_first.conv.weight"
 IGNORED = {
-    "decoder.": "turns codes back into volumes",
-    "quantize.": "bit masks; codes are computed",
-    "discriminator": "a loss of the tokenizer's training",
-    "perceptual_model.": "a loss of the tokenizer's training",
+    "decoder.": "the decoder, which turns codes back into volumes",
+    "quantize.": "the quantizer's bit masks, which are computed",
+    "discriminator": "the discriminator of the tokenizer's training",
+    "perceptual_model.": "the perceptual loss of the tokenizer's training",
 }
-BESIDE = "not part of the tokenizer's module"
+BESIDE = "tensors beside the tokenizer's module"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -109,6 +110,14 @@ class LearnedEncoder:
         """[D, H, W] as `volumes.preprocess` gives it -> z [18, T, h, w] float32"""
         return join(self(patched_windows(volume), advance))
 
+    def describe(self, encode: EncodeConfig, form: Form) -> str:
+        """For the person: signature, size, and what of the checkpoint is left out."""
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        left = "".join(f"; left out: {reason} ({n} tensors)" for reason, n in Counter(self.ignored.values()).items())
+        kind = self.mesh.devices.flat[0].device_kind
+        where = f"{self.batch} windows at once on {self.mesh.size} {kind}"
+        return f"Encoder {self.signature(encode, form)}: {count:,} parameters; {where}{left}"
+
     def signature(self, encode: EncodeConfig, form: Form) -> str:
         """The `encoder` of a file: what its tokens depend on but the volume. Published preprocessing goes without saying."""
         published = EncodeConfig()
@@ -116,6 +125,11 @@ class LearnedEncoder:
         other = [name for name in names if getattr(encode, name) != getattr(published, name)]
         parts = [f"btb3d-{self.config.name}:{self.fingerprint}"] + ["z"] * (form == "continuous")
         return " ".join(parts + [f"{name}={','.join(f'{v:g}' for v in getattr(encode, name))}" for name in other])
+
+
+def encoder_sizes(encoder: str, config: str = "") -> VolumeEncoderConfig:
+    """What the config says, before any weight is read; arguments as `load_encoder` has them."""
+    return read_config(find_files(encoder, config)[1])
 
 
 def load_encoder(
