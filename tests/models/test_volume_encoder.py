@@ -33,9 +33,11 @@ def test_published_sizes(name, cell, tensors, parameters, out):
 
 def test_a_token_sees_only_the_frames_up_to_its_own():
     config = VolumeEncoderConfig(32, 1, (1, 1, 1), (True, True))
-    graphdef, state = nnx.split(VolumeEncoder(config, jax.random.key(5)))
+    graphdef, shapes = nnx.split(jax.eval_shape(lambda: VolumeEncoder(config, jax.random.key(0))))
+    rng = np.random.default_rng(1)
+    state = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), nnx.to_pure_dict(shapes))
     run = jax.jit(lambda x: nnx.merge(graphdef, state)(x))
-    x = np.random.default_rng(1).normal(size=(1, 5, 8, 8, 8)).astype(np.float32)
+    x = rng.normal(size=(1, 5, 8, 8, 8)).astype(np.float32)
     before = np.asarray(run(x))
     for frame in range(5):
         changed = x.copy()
