@@ -171,17 +171,23 @@ class SentencePieceBackend:
             text = text.replace(_BLANK, " ")
             text = _BLANK + text if self._prefix_space else text
         parts = self._split(text) if self._tokens else [text]
-        if self._strips:
-            parts = self._stripped(parts)
+        parts = [part for part in (self._stripped(parts) if self._strips else parts) if part]
+        if not self._legacy and self._is_blank_before_special(parts):
+            parts = parts[1:]
         ids: list[int] = []
         for part in parts:
             if part in self._tokens:
                 ids.append(self._ids[part])
-            elif part:
+            else:
                 ids.extend(self._piece_ids(part))
-        if not self._legacy and len(ids) > 1 and ids[0] == self._ids.get(_BLANK) and ids[1] in self._special_ids:
-            return ids[1:]
         return ids
+
+    def _is_blank_before_special(self, parts: list[str]) -> bool:
+        """Whether the blank set before the text stands alone: a special token (added ones without a role do not count)
+        loses it."""
+        if len(parts) < 2 or parts[0] in self._tokens or parts[1] not in self._special:
+            return False
+        return self._piece_ids(parts[0]) == (self._ids.get(_BLANK, self._unknown),)
 
     def _stripped(self, parts: list[str]) -> list[str]:
         """The parts of a text (odd ones are tokens) after each token took the blanks beside it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxmed.data.conversation import check_template, encode_prompt, encode_training
@@ -222,6 +222,7 @@ TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=4)), max_si
 
 @settings(max_examples=200, deadline=None)
 @given(TEXTS)
+@example("<|end|>\u2581x")
 def test_ids_are_those_of_the_processor_between_special_tokens(text):
     for path in PATHS:
         for legacy in (True, False):
@@ -256,6 +257,8 @@ def test_added_tokens_and_padding():
     assert grown.fingerprint == merged.fingerprint != Tokenizer.from_folder(str(SAMF / "base")).fingerprint
     padded = Tokenizer.from_folder(str(TINYLLAVA), ("<b>", "<pad>"), pad_token="<pad>")
     assert (padded.token_id("<b>"), padded.pad_id, padded.base_size, padded.size) == (430, 431, 430, 432)
+    longer = Tokenizer.from_folder(str(TINYLLAVA), ("<lung", "<lung>"))
+    assert longer.encode("<lung><lung", special=False)[-2:] == [431, 430]
     with pytest.raises(UserError, match="'<a>' is empty or stands there twice"):
         Tokenizer.from_folder(str(TINYLLAVA), ("<a>", "<b>", "<a>"))
 
@@ -266,6 +269,22 @@ def test_a_saved_folder_keeps_its_padding(tmp_path):
     copy = Tokenizer.from_folder(str(tmp_path), ("<pad>",))
     for name in ("size", "base_size", "bos_id", "eos_ids", "pad_id", "prefix", "suffix", "legacy", "fingerprint"):
         assert getattr(copy, name) == getattr(original, name), name
+
+
+def test_a_token_without_a_role_is_special_as_padding_only():
+    plain, padded = folder(SAMF / "base"), Tokenizer.from_folder(str(SAMF / "base"), pad_token="<|placeholder1|>")
+    assert (padded.pad_id, padded.size) == (349, plain.size)
+    assert (plain.decode([349], keep_special=False), padded.decode([349], keep_special=False)) == ("<|placeholder1|>", "")
+
+
+def test_an_older_folder_names_its_tokens_elsewhere(tmp_path):
+    for name in ("tokenizer.model", "added_tokens.json", "special_tokens_map.json"):
+        shutil.copy(SAMF / "base" / name, tmp_path)
+    tokenizer = Tokenizer.from_folder(str(tmp_path))
+    assert (tokenizer.eos_ids, tokenizer.pad_id, tokenizer.size, tokenizer.legacy) == ((347,), 347, 353, True)
+    assert tokenizer.encode("<|end|>", special=False) == [351]
+    assert tokenizer.decode([351, 347], keep_special=False) == "<|end|>"
+    assert tokenizer.decode(tokenizer.encode("a .", special=False)) == "a ."
 
 
 def test_pieces_for_display():
@@ -291,6 +310,7 @@ def test_texts_without_byte_pieces(tmp_path):
         tokenizer = Tokenizer.from_folder(str(tmp_path))
         plain = tokenizer.encode("the lung", special=False)
         assert [tokenizer.piece(i) for i in tokenizer.encode("the lung 漢漢")[-2:]] == ["\u2581", "<unk>"]
+        assert tokenizer.encode("漢", special=False) == [tokenizer.token_id("\u2581"), 0]
         assert tokenizer.encode("①") == tokenizer.encode("1")
         assert tokenizer.encode("the   lung", special=False) == plain
         joined = tokenizer.encode("</s> the lung", special=False)
