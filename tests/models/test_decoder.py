@@ -87,8 +87,8 @@ def test_a_full_table_needs_no_mask():
     assert logits.shape == (1, 1, 256) and (logits > -1e3).all()
 
 
-def run(mesh, remat, rate=0.2, split=False):
-    """Hidden states and the gradients of all weights."""
+def run(mesh, remat, rate=0.2, split=False, gradients=True):
+    """Hidden states and the gradients of all weights (or none)."""
     rng = np.random.default_rng(1)
     h = place(mesh, rng.standard_normal((2, 16, 12)).astype(np.float32), "batch", "length", None)
     positions = place(mesh, np.tile(np.arange(16), (2, 1)), "batch", "length")
@@ -106,6 +106,8 @@ def run(mesh, remat, rate=0.2, split=False):
             out = nnx.merge(graphdef, params)(h, positions, segments, Layout(order, 8), RULES, remat, bits)
             return jnp.sum(jnp.sin(out)), out
 
+        if not gradients:
+            return np.asarray(jax.jit(loss)(params, h, positions, segments)[1]), {}
         (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, h, positions, segments)
     return np.asarray(out), jax.tree.map(np.asarray, grads)
 
@@ -120,7 +122,7 @@ def assert_near(ours, wanted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), ours, wanted)
 
 
-@pytest.mark.parametrize(("shape", "remat"), [((1, 1, 1, 1), "full"), ((1, 1, 1, 1), "attention"), ((1, 2, 2, 2), "attention")])
+@pytest.mark.parametrize(("shape", "remat"), [((1, 1, 1, 1), "attention"), ((1, 2, 2, 2), "full")])
 def test_recomputing_changes_nothing(plain, shape, remat):
     """With dropout, whose bits are drawn again."""
     out, grads = run(mesh_of(*shape), remat)
@@ -137,4 +139,4 @@ def test_loop_over_separate_layers_equals_the_scan(plain):
 
 def test_dropout_is_at_work_in_every_layer(plain):
     """Otherwise equality would say little."""
-    assert np.abs(run(mesh_of(1, 1, 1, 1), "none", rate=0.0)[0] - plain[0]).max() > 1e-2
+    assert np.abs(run(mesh_of(1, 1, 1, 1), "none", rate=0.0, gradients=False)[0] - plain[0]).max() > 1e-2

@@ -97,7 +97,6 @@ CASES = [
     (36, 64, True, 0, "full"),
     (40, 8, True, 7, "padded left"),
     (37, 8, True, 9, "packed"),
-    (40, 8, True, 8, "full"),
     (40, 8, True, 17, "full"),
     (40, 8, True, 1, "full"),
     (37, 8, False, 0, "padded right"),

@@ -93,21 +93,20 @@ def test_gradients(outcome):
 
 
 def test_a_longer_bucket_changes_nothing(theirs, outcome):
-    """Rows of 31, of 48 padded on the left, and each alone in a row of its own length."""
-    _, ours, loss, grads = outcome[3]
-    _, longer, its_loss, its_grads = run_model(EXPERIMENT, theirs.params(), batch(rows(), 48, left=True))
+    """Rows of 31, of 48 padded on the left, and one alone in a row of its own length."""
+    _, ours, loss, _ = outcome[3]
+    _, longer, its_loss, _ = run_model(EXPERIMENT, theirs.params(), batch(rows(), 48, left=True), None)
     for r, row in enumerate(rows()):
         n = length_of(row)
         np.testing.assert_allclose(longer[r, 48 - n :, :100], ours[r, :n, :100], atol=1e-5 * np.abs(ours[r, :n, :100]).max())
     assert its_loss == pytest.approx(loss, abs=1e-5)
-    assert_trees_close(its_grads, grads, atol=1e-5)
     exact = rows()[:1]
-    _, alone, _, _ = run_model(EXPERIMENT, theirs.params(), batch(exact, length_of(exact[0])))
+    _, alone, _, _ = run_model(EXPERIMENT, theirs.params(), batch(exact, length_of(exact[0])), None)
     np.testing.assert_allclose(alone[0, :, :100], ours[0, : alone.shape[1], :100], atol=1e-4)
 
 
-@pytest.mark.parametrize("reduction", ["token", "microbatch"])
-def test_a_batch_without_labels_costs_nothing(theirs, reduction):
+@pytest.mark.parametrize(("reduction", "pieces"), [("token", 1), ("microbatch", 2)])
+def test_a_batch_without_labels_costs_nothing(theirs, reduction, pieces):
     """torch's mean over no tokens is NaN; here it is 0, with gradients of 0 and not of NaN."""
     empty = [dataclasses.replace(row, labels=[-100] * len(row.ids)) for row in rows()]
     torchs, labels = theirs.forward(empty[0])
@@ -115,7 +114,7 @@ def test_a_batch_without_labels_costs_nothing(theirs, reduction):
     experiment = dataclasses.replace(
         EXPERIMENT,
         train=dataclasses.replace(EXPERIMENT.train, loss_reduction=reduction),
-        data=DataConfig(batch=4, microbatches=2),
+        data=DataConfig(batch=4, microbatches=pieces),
     )
     with jax.set_mesh(one_device()):
         graphdef, _ = structure(experiment)
@@ -132,6 +131,5 @@ def test_a_batch_without_labels_costs_nothing(theirs, reduction):
         out, labels = theirs.forward(row)
         sums += torch.nn.functional.cross_entropy(out[:-1], labels[1:], ignore_index=-100, reduction="sum").item()
         count += int((labels[1:] != -100).sum())
-    pieces = 2 if reduction == "microbatch" else 1
     assert float(metrics.loss) == pytest.approx(sums / count / pieces, rel=1e-5)
     assert all(np.isfinite(np.asarray(g)).all() for g in flatten(grads).values())

@@ -176,16 +176,13 @@ def test_pools_of_two_images_do_not_mix():
     x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 2, 12, 18)), jnp.float32)
     grid = jnp.asarray([[[1, 3, 4], [3, 2, 2]], [[2, 2, 3], [0, 0, 0]]])
     mask = jnp.arange(12) < jnp.prod(grid, axis=-1)[..., None]
-    whole = projector(x, mask, grid, RULES)
+    graphdef, state = nnx.split(projector)
+    apply = jax.jit(lambda *inputs: nnx.merge(graphdef, state)(*inputs, RULES))
+    whole = apply(x, mask, grid)
     assert whole.shape == (2, 10, WIDTH) and np.isfinite(whole).all()
     for row in range(2):
         for image in range(2):
-            alone = projector(
-                x[row : row + 1, image : image + 1],
-                mask[row : row + 1, image : image + 1],
-                grid[row : row + 1, image : image + 1],
-                RULES,
-            )
+            alone = apply(*(y[row : row + 1, image : image + 1] for y in (x, mask, grid)))
             np.testing.assert_allclose(whole[row, 5 * image : 5 * image + 5], alone[0], atol=1e-5)
 
 

@@ -150,12 +150,13 @@ def structure(experiment: Experiment, split: bool = False) -> tuple[nnx.GraphDef
 
 
 def run_model(experiment: Experiment, params: dict[str, Any], batch: Batch, trained: Any = lambda params: params) -> tuple:
-    """-> hidden states, logits, mean loss, gradients of what `trained` picks of the parameters; one compilation."""
+    """-> hidden states, logits, mean loss, gradients of what `trained` picks of the parameters (None: no gradients);
+    one compilation."""
     with jax.set_mesh(one_device()):
         graphdef, shapes = structure(experiment)
         given, wanted = flatten(params), flatten(shapes)
         assert {p: x.shape for p, x in given.items()} == {p: x.shape for p, x in wanted.items()}
-        names = set(flatten(trained(params)))
+        names = set(flatten(trained(params))) if trained else set(given)
         halves = [unflatten({p: x for p, x in given.items() if (p in names) == half}) for half in (True, False)]
 
         def loss(trainable: Any, frozen: Any, batch: Batch) -> tuple:
@@ -164,7 +165,10 @@ def run_model(experiment: Experiment, params: dict[str, Any], batch: Batch, trai
             hidden = model(batch, RULES, None)  # the same computation: the compiler keeps one
             return jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1), (hidden, model.decoder.logits(hidden, RULES, "length"))
 
-        (value, (hidden, logits)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(*halves, batch)
+        if trained:
+            (value, (hidden, logits)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(*halves, batch)
+        else:
+            (value, (hidden, logits)), grads = jax.jit(loss)(*halves, batch), {}
     return np.asarray(hidden), np.asarray(logits), float(value), grads
 
 
