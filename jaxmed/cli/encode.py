@@ -43,7 +43,7 @@ class Args:
     encoder_config: str = ""
     """Upstream's model config (YAML) of that checkpoint, or 16x16x8 or 8x8x8 for the published sizes. "": the YAML beside it"""
     batch: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: 1 on CPU, 6 on GPU and TPU)")] = 0
-    """Windows encoded at once on each device; a volume of 241 slices has 30, each takes about half a gigabyte"""
+    """Windows encoded at once on each device; a volume of 241 slices has 30, each takes 0.8 GB"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the learned encoder's computation; upstream's is bfloat16, where some 0.5% of the signs fall differently"""
     codes: bool = False
