@@ -136,7 +136,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the computation and of the frozen weights; norms, softmax, rope, logits and loss are float32 always."""
     tokenizer: str = ""
-    """Tokenizer folder (tokenizer.json); "": the one in `base`."""
+    """Tokenizer folder (tokenizer.json or tokenizer.model); "": the one in `base`."""
     added_tokens: tuple[str, ...] = ()
     """Tokens added to the base's vocabulary, in this order; their rows start at the mean of the base's."""
     pad_token: str = ""

@@ -112,6 +112,29 @@ def to_shardings(specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
 
+def like(sharding: NamedSharding, mesh: Mesh) -> NamedSharding:
+    """The same layout on another description of the mesh."""
+    return NamedSharding(mesh, sharding.spec)
+
+
+def without_axes(sharding: NamedSharding, *axes: int) -> NamedSharding:
+    """The sharding of an array from which dimensions are taken away."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*(s for i, s in enumerate(sharding.spec) if i not in axes)))
+
+
+def unsplit_axis(spec: PartitionSpec, axis: int) -> PartitionSpec:
+    """`spec` with one dimension whole."""
+    entries = list(spec)
+    entries[axis] = None
+    return PartitionSpec(*entries)
+
+
+def split_rows(spec: PartitionSpec, ndim: int) -> PartitionSpec:
+    """The spec of [B, ...] reshaped to [B / n, n, ...]: rows stay on their devices."""
+    tail = [*spec, *[None] * (ndim - len(spec))]
+    return PartitionSpec(tail[0], None, *tail[1:])
+
+
 def replicated(mesh: Mesh, ndim: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * ndim))
 

@@ -11,6 +11,7 @@ from jaxmed.checkpoint.hf_config import decoder_config, decoder_of, read_config
 from jaxmed.checkpoint.hf_io import MODEL_FILES, TensorFolder, open_folder, read_json
 from jaxmed.checkpoint.hf_tables import ATTENTION, EMBED, MLP, PROJECTOR, canonical_names
 from jaxmed.config import DecoderConfig, Experiment, LoraConfig, ProjectorConfig, VisualConfig
+from jaxmed.data.tokenizer import has_tokenizer
 from jaxmed.errors import UserError
 
 FolderKind = Literal["run", "hf", "llava_lora", "peft", "mm_projector"]
@@ -86,7 +87,7 @@ def llava_experiment(folder: str, base: str, defaults: Experiment) -> Experiment
         projector=_projector(config, names, tensors, defaults.model.projector),
         base=base,
         adapter=folder,
-        tokenizer=folder if os.path.exists(os.path.join(folder, "tokenizer.json")) else defaults.model.tokenizer,
+        tokenizer=folder if has_tokenizer(folder) else defaults.model.tokenizer,
         added_tokens=added,
     )
     return dataclasses.replace(

@@ -67,9 +67,7 @@ def _progress(label: str) -> Iterator[Callback]:
 def _tokenizer(args: Args) -> Tokenizer:
     folder = args.model.tokenizer or args.model.base
     if not folder:
-        raise UserError(
-            "preview needs a tokenizer: give --model.base DIR (or --model.tokenizer DIR, a folder with tokenizer.json)"
-        )
+        raise UserError("preview needs a tokenizer: give --model.base DIR (or --model.tokenizer DIR, its folder)")
     return Tokenizer.from_folder(folder, args.model.added_tokens, args.model.pad_token)
 
 

@@ -39,7 +39,11 @@ def resolve(experiment: Experiment, given: Iterable[str]) -> tuple[Experiment, l
         experiment = _keep_given(before, _from_adapter(experiment, given), given)
     experiment = _from_base(experiment, given)
     _check_sources(experiment)
-    return experiment, _changes(before, experiment)
+    notices, longest = _changes(before, experiment), max(experiment.data.buckets)
+    if longest > experiment.model.decoder.max_positions:
+        made_for = f"the language model was made for {experiment.model.decoder.max_positions:,} positions"
+        notices.append(f"{made_for}, data.buckets goes up to {longest:,}: what it writes there may be poor")
+    return experiment, notices
 
 
 def _from_base(experiment: Experiment, given: frozenset[str]) -> Experiment:
@@ -130,7 +134,7 @@ def _check_sources(experiment: Experiment) -> None:
             "(or --train.trainable all, to train from scratch)"
         )
     if not model.tokenizer and not model.base:
-        raise UserError("no tokenizer: give --model.tokenizer, a folder with tokenizer.json")
+        raise UserError("no tokenizer: give --model.tokenizer, a folder with tokenizer.json or tokenizer.model")
     if not data.records:
         raise UserError("no records: give --data.records, a LLaVA-style JSON of conversations")
     for name, path in (("records", data.records), ("eval-records", data.eval_records)):

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxmed.data.dataset import Dataset, Sample, scan
 from jaxmed.data.plan import GlobalBatch
 from jaxmed.data.rows import Arrays, build_rows, permute_batch
 from jaxmed.errors import Problem, UserError
-from jaxmed.sharding import Rules, balanced_order, batch_specs
+from jaxmed.sharding import Rules, balanced_order, batch_specs, to_shardings
 from jaxmed.types import Batch
 
 __all__ = ["Batches", "Dataset", "Sample", "batches", "build_rows", "evaluation_batches", "local_rows", "permute_batch", "scan"]
@@ -60,10 +60,12 @@ class Batches(Iterator[tuple[GlobalBatch, Batch]]):
     ):
         data = dataset.experiment.data
         check_buckets(data.buckets, mesh.shape["context"])
-        self._dataset, self._plan, self._mesh, self._on_problem = dataset, plan, mesh, on_problem
+        self._dataset, self._plan, self._on_problem = dataset, plan, on_problem
         self._context = mesh.shape["context"]
-        self._specs = batch_specs(rules, order="balanced" if self._context > 1 else "natural")
-        row_map = NamedSharding(mesh, rules.spec("batch")).addressable_devices_indices_map((data.batch,))
+        order = "balanced" if self._context > 1 else "natural"
+        image_axes = 3 if dataset.experiment.visual.kind == "codes" else 4
+        self._shardings = to_shardings(batch_specs(rules, order, image_axes), mesh)
+        row_map = rules.sharding(mesh, "batch").addressable_devices_indices_map((data.batch,))
         self._rows = local_rows(row_map, data.batch)
         self.data_wait = 0.0
         """Seconds that the last item was waited for"""
@@ -93,12 +95,8 @@ class Batches(Iterator[tuple[GlobalBatch, Batch]]):
 
     def _place(self, arrays: Arrays, rows: int) -> Batch:
         """Local rows -> global arrays; each device takes its slice."""
-        fields = {}
-        for name in FIELDS:
-            array = arrays[name]
-            spec = PartitionSpec(*getattr(self._specs, name)[: array.ndim])  # codes have one axis less than embeddings
-            fields[name] = to_global(array, self._rows, rows, NamedSharding(self._mesh, spec))
-        return Batch(**fields, order=self._specs.order)
+        fields = {name: to_global(arrays[name], self._rows, rows, getattr(self._shardings, name)) for name in FIELDS}
+        return Batch(**fields, order=self._shardings.order)
 
     def close(self) -> None:
         """Stops the threads."""

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxmed.config import Experiment, VisualConfig
 from jaxmed.data.tokenizer import IMAGE_ID
 from jaxmed.errors import UserError
-from jaxmed.sharding import Rules, batch_specs
+from jaxmed.sharding import Rules, batch_specs, to_shardings
 from jaxmed.types import Batch
 
 SHORTEST_TEXT = 64
@@ -145,6 +145,4 @@ def image_shape(visual: VisualConfig, rows: int, bucket: Bucket) -> tuple[tuple[
 
 def put(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
     """The same on the mesh's devices (all of this process)."""
-    return jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), batch, batch_specs(rules, batch.order, batch.images.ndim)
-    )
+    return jax.tree.map(jax.device_put, batch, to_shardings(batch_specs(rules, batch.order, batch.images.ndim), mesh))

@@ -19,7 +19,7 @@ from jaxmed.checkpoint.load import read_params
 from jaxmed.config import Experiment, LoraConfig
 from jaxmed.models.vlm import Vlm
 from jaxmed.nn.linear import Adapter, merged_weight
-from jaxmed.sharding import Rules, state_specs, to_shardings
+from jaxmed.sharding import Rules, state_specs, to_shardings, unsplit_axis, without_axes
 from jaxmed.train.init import Leaves, blueprint, flatten, materialise, unflatten
 from jaxmed.train.optim import Path
 
@@ -83,9 +83,9 @@ def unstacked(leaves: Leaves) -> Leaves:
         if path[:2] != BLOCKS:
             result[path] = leaf
             continue
-        spec = NamedSharding(leaf.sharding.mesh, type(leaf.sharding.spec)(*leaf.sharding.spec[1:]))
+        one = without_axes(leaf.sharding, 0)
         for layer in range(leaf.shape[0]):
-            result[layer_path(path, layer)] = jax.device_put(leaf[layer], spec)
+            result[layer_path(path, layer)] = jax.device_put(leaf[layer], one)
     return result
 
 
@@ -97,10 +97,8 @@ def _merger(adapter: Adapter, dtype: jnp.dtype):
     """-> (weight, lora_a, lora_b, sharding) -> the merged weight in `dtype`"""
 
     def merge(weight: jax.Array, a: jax.Array, b: jax.Array, sharding: NamedSharding) -> jax.Array:
-        *stack, rows, columns = sharding.spec
-
         def join(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-            a, b = reshard(a, type(sharding.spec)(*stack, None, columns)), reshard(b, type(sharding.spec)(*stack, rows, None))
+            a, b = reshard(a, unsplit_axis(sharding.spec, -2)), reshard(b, unsplit_axis(sharding.spec, -1))
             return merged_weight(weight, a, b, adapter.scale).astype(dtype)
 
         return jax.jit(join, out_shardings=sharding)(weight, a, b)

@@ -21,7 +21,7 @@ from jaxmed.checkpoint.load import read_params
 from jaxmed.config import Experiment
 from jaxmed.errors import UserError
 from jaxmed.models.vlm import Vlm
-from jaxmed.sharding import Rules, check_divisible, replicated, rules_for, state_specs, to_shardings
+from jaxmed.sharding import Rules, check_divisible, like, replicated, rules_for, state_specs, to_shardings
 from jaxmed.train.optim import Path, make_optimizer
 from jaxmed.train.step import is_trainable
 from jaxmed.types import TrainState
@@ -119,7 +119,7 @@ def abstract_state(plan: Blueprint) -> TrainState:
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = replicated(plan.mesh, len(leaf.shape))
         if leaf.sharding is not None:
-            sharding = jax.sharding.NamedSharding(plan.mesh, leaf.sharding.spec)
+            sharding = like(leaf.sharding, plan.mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     opt_state = jax.tree.map(place, jax.eval_shape(_optimizer_init(plan), plan.trainable))

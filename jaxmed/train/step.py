@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxmed.config import Experiment
 from jaxmed.nn.dropout import Dropout
-from jaxmed.sharding import Rules
+from jaxmed.sharding import Rules, split_rows
 from jaxmed.train.loss import token_losses
 from jaxmed.train.optim import Path, clip
 from jaxmed.types import Batch, TrainState
@@ -87,17 +87,15 @@ class TokenCrossEntropy:
             return (value + v, count + c, jax.tree.map(jnp.add, grads, g)), rows
 
         start = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, trainable))
-        (value, count, grads), rows = jax.lax.scan(add, start, microbatches(batch, pieces, self.rules))
+        (value, count, grads), rows = jax.lax.scan(add, start, microbatches(batch, pieces))
         return Metrics(value, jnp.float32(0), count, rows.T.reshape(-1, out_sharding=self.rules.spec("batch"))), grads
 
 
-def microbatches(batch: Batch, pieces: int, rules: Rules) -> Batch:
+def microbatches(batch: Batch, pieces: int) -> Batch:
     """[B, ...] -> [pieces, B / pieces, ...]: microbatch j holds rows j, j + pieces, ..., so that no row changes its device."""
 
     def cut(x: jax.Array) -> jax.Array:
-        axes = jax.typeof(x).sharding.spec[1:]
-        tail = (*axes, *[None] * (x.ndim - 1 - len(axes)))
-        spec = type(jax.typeof(x).sharding.spec)(*rules.spec("batch"), None, *tail)
+        spec = split_rows(jax.typeof(x).sharding.spec, x.ndim)
         return jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:], out_sharding=spec), 1, 0)
 
     return jax.tree.map(cut, batch)
