@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.adapter import run_experiment
-from jaxmed.checkpoint.folders import KINDS, detect, llava_experiment
+from jaxmed.checkpoint.folders import KINDS, detect, llava_experiment, peft_experiment
 from jaxmed.checkpoint.hf_config import decoder_of
 from jaxmed.checkpoint.hf_io import base_fingerprint
 from jaxmed.checkpoint.load import export_names
@@ -96,6 +96,8 @@ def resolve(folder: str, base: str, dtype: str, overrides: Mapping[str, Any]) ->
         found = _of_run(folder, base)
     elif kind == "llava_lora":
         found = llava_experiment(folder, base, Experiment(model=ModelConfig(decoder=LLAMA3_1_8B)))
+    elif kind == "peft":
+        found = peft_experiment(folder, base, Experiment(model=ModelConfig(decoder=LLAMA3_1_8B)))
     elif kind == "hf":
         found = Experiment(
             model=ModelConfig(decoder=decoder_of(folder), base=folder), visual=VisualConfig(kind="none", images=0, tokens=0)

@@ -99,6 +99,22 @@ def llava_experiment(folder: str, base: str, defaults: Experiment) -> Experiment
     )
 
 
+def peft_experiment(folder: str, base: str, defaults: Experiment) -> Experiment:
+    """The experiment of a PEFT adapter over a language model; text alone. `base` as in `llava_experiment`."""
+    adapter = read_json(os.path.join(folder, "adapter_config.json"))
+    base = base or _base_of(folder, adapter)
+    names = canonical_names(open_folder(folder).names(), folder)
+    if any(name.startswith(PROJECTOR) for name in names):
+        raise UserError(
+            f"{folder}: is a PEFT adapter with a projector beside it, whose use no file here states; "
+            "give the folder it was made from, or --to llava's"
+        )
+    model = dataclasses.replace(defaults.model, decoder=decoder_of(base), base=base, adapter=folder)
+    visual = VisualConfig(kind="none", images=0, tokens=0)
+    train = dataclasses.replace(defaults.train, train_embed_tokens=EMBED in names)
+    return dataclasses.replace(defaults, model=model, visual=visual, lora=lora_config(adapter, folder), train=train)
+
+
 def _base_of(folder: str, adapter: dict[str, Any]) -> str:
     named = adapter.get("base_model_name_or_path") or ""
     places = [named, os.path.join(folder, named)] if named else []

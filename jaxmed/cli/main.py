@@ -8,7 +8,7 @@ import sys
 import jaxmed
 from jaxmed.errors import UserError
 
-COMMANDS = ("quickstart", "train", "generate", "evaluate", "encode", "preview")
+COMMANDS = ("quickstart", "train", "generate", "evaluate", "encode", "preview", "convert", "inspect")
 
 
 def overview() -> str:

@@ -1,0 +1,171 @@
+"""The JSON files of exported folders: config.json and generation_config.json for transformers, adapter_config.json for PEFT,
+config.json with upstream's `mm_*` fields; and the tokenizer that goes along.
+
+What the source folder says is kept as it stands there; only what the export changes is set.
+"""
+
+import os
+import shutil
+from typing import Any
+
+from jaxmed.checkpoint.folders import detect
+from jaxmed.checkpoint.hf_config import read_config
+from jaxmed.checkpoint.hf_io import read_json
+from jaxmed.checkpoint.hf_tables import ATTENTION, MLP
+from jaxmed.config import DecoderConfig, Experiment
+from jaxmed.data.tokenizer import Tokenizer, has_tokenizer
+from jaxmed.errors import UserError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
+
+_ADAPTER_DEFAULTS = {
+    "alpha_pattern": {},
+    "auto_mapping": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "rank_pattern": {},
+    "revision": None,
+    "task_type": "CAUSAL_LM",
+}
+
+# What upstream's training writes beside the fields that describe the model; its loader asks for some of them.
+_LLAVA_DEFAULTS = {
+    "freeze_mm_mlp_adapter": False,
+    "image_aspect_ratio": "square",
+    "mm_patch_merge_type": "flat",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "tokenizer_padding_side": "right",
+    "tune_mm_mlp_adapter": False,
+    "use_cache": False,
+    "use_mm_proj": True,
+}
+
+
+def tokenizer_folder(experiment: Experiment) -> str:
+    """Where the model's tokenizer is; "" if there is none."""
+    places = [place for place in (experiment.model.tokenizer, experiment.model.base) if place]
+    return next((place for place in places if has_tokenizer(place)), "")
+
+
+def hf_documents(experiment: Experiment, dtype: str) -> dict[str, dict[str, Any]]:
+    """config.json and generation_config.json of a language model in `dtype`, for transformers 4 and 5."""
+    model = experiment.model
+    config = _base_config(experiment)
+    family = config["model_type"].removeprefix("llava_")
+    config = {name: value for name, value in config.items() if not name.startswith("mm_") and name != "_name_or_path"}
+    config["model_type"] = family
+    config["architectures"] = [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[family]]
+    config["vocab_size"] = model.decoder.vocab + len(model.added_tokens)
+    config["tie_word_embeddings"] = model.decoder.tied
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    config |= _token_ids(experiment, config)
+    path = os.path.join(model.base, "generation_config.json")
+    generation = read_json(path) if model.base and os.path.exists(path) else {}
+    generation |= _token_ids(experiment, generation)
+    return {"config.json": config, "generation_config.json": generation}
+
+
+def _base_config(experiment: Experiment) -> dict[str, Any]:
+    return read_config(experiment.model.base) if experiment.model.base else _fresh_config(experiment.model.decoder)
+
+
+def _fresh_config(decoder: DecoderConfig) -> dict[str, Any]:
+    """config.json of a decoder that was trained from scratch, in the spelling that transformers 4 and 5 both read."""
+    if decoder.qkv_bias:
+        raise UserError("model.decoder.qkv_bias: neither LLaMA nor Mistral has biases in q, k and v alone; no HF model fits")
+    rope = decoder.rope
+    scaling = {
+        "rope_type": "llama3",
+        "factor": rope.factor,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_positions,
+    }
+    return {
+        "model_type": "mistral" if decoder.window else "llama",
+        "hidden_size": decoder.width,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": decoder.heads,
+        "num_key_value_heads": decoder.kv_heads,
+        "head_dim": decoder.head_dim,
+        "intermediate_size": decoder.mlp,
+        "hidden_act": "silu",
+        "rms_norm_eps": decoder.norm_eps,
+        "rope_theta": rope.theta,
+        "rope_scaling": scaling if rope.scaling == "llama3" else None,
+        "max_position_embeddings": decoder.max_positions,
+        "initializer_range": decoder.initializer_range,
+        "attention_bias": False,
+        "mlp_bias": False,
+        **({"sliding_window": decoder.window} if decoder.window else {}),
+    }
+
+
+def _token_ids(experiment: Experiment, known: dict[str, Any]) -> dict[str, Any]:
+    """Ids that a folder has not stated yet, and a padding token that training named."""
+    folder = tokenizer_folder(experiment)
+    if not folder:
+        return {}
+    model = experiment.model
+    tokenizer = Tokenizer.from_folder(folder, model.added_tokens)
+    ends = list(tokenizer.eos_ids)
+    found = {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+    found = {name: value for name, value in found.items() if value is not None and known.get(name) is None}
+    pad = tokenizer.token_id(model.pad_token)
+    return found if pad is None else found | {"pad_token_id": pad}
+
+
+def adapter_config(experiment: Experiment, upstream: str) -> dict[str, Any]:
+    """PEFT's; an upstream folder's own where there is one, as far as it holds."""
+    path = os.path.join(upstream, "adapter_config.json")
+    config = read_json(path) if upstream and os.path.exists(path) else {}
+    lora, modules = experiment.lora, ATTENTION | MLP
+    if not config:
+        config = _ADAPTER_DEFAULTS | {"base_model_name_or_path": os.path.abspath(experiment.model.base)}
+    targets = [modules[name] for name in lora.targets]
+    if {name.rsplit(".", 1)[-1] for name in config.get("target_modules") or ()} != set(targets):
+        config["target_modules"] = targets
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    return config | {"r": lora.rank, "lora_alpha": alpha, "lora_dropout": lora.dropout}
+
+
+def llava_config(experiment: Experiment, upstream: str) -> dict[str, Any]:
+    """Upstream's: the base's fields, the projector's kind and sizes, rows with added tokens."""
+    model = experiment.model
+    path = os.path.join(upstream, "config.json")
+    if upstream and os.path.exists(path) and detect(upstream) == "llava_lora":
+        config = read_config(upstream)
+    else:
+        config = _base_config(experiment) | _LLAVA_DEFAULTS
+        config["mm_projector_lr"] = experiment.optim.projector_learning_rate or None
+        config["mm_context_size"] = experiment.visual.features
+        config["model_type"] = f"llava_{config['model_type'].removeprefix('llava_')}"
+        config |= _token_ids(experiment, config)
+    config["vocab_size"] = model.decoder.vocab + len(model.added_tokens)
+    return config | {"mm_projector_type": model.projector.kind, "mm_hidden_size": experiment.visual.features}
+
+
+def write_tokenizer(experiment: Experiment, folder: str) -> bool:
+    """The tokenizer's own files where they hold the added tokens already, else saved with them. False: there is none."""
+    source = tokenizer_folder(experiment)
+    if not source:
+        return False
+    added = experiment.model.added_tokens
+    if all(Tokenizer.from_folder(source).token_id(token) is not None for token in added):
+        for name in TOKENIZER_FILES:
+            if os.path.exists(os.path.join(source, name)):
+                shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+    else:
+        Tokenizer.from_folder(source, added, experiment.model.pad_token).save(folder)
+    return True

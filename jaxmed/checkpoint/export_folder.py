@@ -1,0 +1,131 @@
+"""Writes a planned export: everything under a temporary name, the manifest last, then the final name."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jaxmed
+from jaxmed.checkpoint.export import MODEL, Plan
+from jaxmed.checkpoint.export_config import tokenizer_folder, write_tokenizer
+from jaxmed.checkpoint.folders import detect
+from jaxmed.checkpoint.hf_io import base_fingerprint
+from jaxmed.checkpoint.tensor_files import write_model, write_safetensors
+from jaxmed.checkpoint.torch_pickle_writer import save_bin
+from jaxmed.errors import UserError
+
+MANIFEST = "manifest.json"
+_CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
+
+
+def check_out(out: str) -> None:
+    """Nothing is overwritten."""
+    if os.path.lexists(out):
+        raise UserError(f"--out {out}: exists already; give a new folder (nothing is overwritten)")
+
+
+def write_export(plan: Plan, source: str, out: str, shard_size: int, say: Callable[[str], None]) -> None:
+    """`out` appears when it is complete; after an error nothing is left of it."""
+    check_out(out)
+    out = os.path.abspath(out)
+    partial = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.partial-{os.getpid()}")
+    os.makedirs(partial)
+    try:
+        _write_files(plan, partial, shard_size, say)
+        say("hashing the source files")
+        _write_json(os.path.join(partial, MANIFEST), manifest(plan, source))
+        check_out(out)  # another process may have been here meanwhile
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_files(plan: Plan, folder: str, shard_size: int, say: Callable[[str], None]) -> None:
+    for name, tensors in plan.files.items():
+        path = os.path.join(folder, name)
+        if name == MODEL:
+            write_model(folder, tensors, shard_size, say)
+        elif name.endswith(".bin"):
+            save_bin(path, tensors)
+        else:
+            write_safetensors(path, tensors)
+    for name, document in plan.documents.items():
+        _write_json(os.path.join(folder, name), document)
+    if plan.tokenizer:
+        written = {name: document for name, document in plan.documents.items() if name in _CONFIGS}
+        if not write_tokenizer(plan.experiment, folder):
+            say("there is no tokenizer in the source, so none was written")
+        for name in set(_CONFIGS) & set(os.listdir(folder)):  # saving a tokenizer states end ids of its own
+            if name in written:
+                _write_json(os.path.join(folder, name), written[name])
+            else:
+                os.remove(os.path.join(folder, name))
+
+
+def _write_json(path: str, content: dict[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def manifest(plan: Plan, source: str) -> dict[str, Any]:
+    """Where everything came from: files with their sha256, the rule for each tensor, base, projector and adapter."""
+    model = plan.experiment.model
+    used = sorted({place for tensor in plan.tensors for place in tensor.sources})
+    configs = [os.path.join(folder, name) for folder in {source, model.base} - {""} for name in _CONFIGS]
+    base = {"folder": model.base, "fingerprint": base_fingerprint(model.base)} if model.base else {}
+    return {
+        "format": plan.to,
+        "jaxmed": jaxmed.__version__,
+        "source": {"folder": source, "kind": detect(source)},
+        "base": base,
+        "adapter": _places(plan, lambda path: path.endswith(("/lora_a", "/lora_b")), merged=True),
+        "projector": _places(plan, lambda path: path.startswith("projector/"), merged=False),
+        "tokenizer": tokenizer_folder(plan.experiment) if plan.tokenizer else "",
+        "added_tokens": list(model.added_tokens),
+        "template": plan.experiment.data.template,
+        "encoder": plan.experiment.visual.encoder,
+        "files": {path: {"bytes": os.path.getsize(path), "sha256": sha256(path)} for path in _files([*used, *configs])},
+        "tensors": [
+            {
+                "file": name,
+                "theirs": tensor.name,
+                "ours": tensor.ours,
+                "shape": list(tensor.shape),
+                "dtype": tensor.dtype.name,
+                "rule": tensor.rule,
+                "sources": list(tensor.sources),
+            }
+            for name, tensors in plan.files.items()
+            for tensor in tensors
+        ],
+        "ignored": plan.ignored,
+        "notes": plan.notes,
+    }
+
+
+def _places(plan: Plan, holds: Callable[[str], bool], merged: bool) -> list[str]:
+    """Files that the tensors of a part came from; merged adapters stand behind the base's file."""
+    own = {place for tensor in plan.tensors if holds(tensor.ours) for place in tensor.sources}
+    if merged:
+        own |= {place for tensor in plan.tensors if "merged LoRA" in tensor.rule for place in tensor.sources[1:]}
+    return sorted(own)
+
+
+def _files(places: Iterable[str]) -> list[str]:
+    """Files as they are, folders as the files in them; what does not exist is left out."""
+    found: list[str] = []
+    for place in places:
+        if os.path.isdir(place):
+            found += [os.path.join(above, name) for above, _, names in os.walk(place) for name in names]
+        elif os.path.isfile(place):
+            found.append(place)
+    return sorted(found)
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,116 @@
+"""Writes tensors to files one at a time: safetensors (sharded, with an index) and torch's `.bin`.
+
+A tensor is described before it is made, so headers and shards are known from shapes alone, and no more than one tensor is in
+memory at once.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxmed.checkpoint.hf_io import DTYPES, is_finite
+from jaxmed.errors import UserError
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+    """-> the values, in any floating-point dtype"""
+    ours: str = ""
+    """Our path, for the table"""
+    rule: str = ""
+    """What was done to it"""
+    sources: tuple[str, ...] = ()
+    """Files (or a checkpoint's folder) that its values came from"""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def data(self) -> np.ndarray:
+        """The values as they go into the file; those that are no numbers, or become none in the file's dtype, are refused."""
+        made = self.make()
+        if made.shape != self.shape:
+            raise ValueError(f"{self.name}: was planned as {self.shape}, is {made.shape}")
+        with np.errstate(over="ignore"):
+            values = np.ascontiguousarray(made, self.dtype)
+        if not is_finite(values):
+            why = "holds NaN or infinite values" if not is_finite(made) else f"has values too large for {self.dtype}"
+            raise UserError(f"{', '.join(self.sources)}: {self.name} {why}; give another --dtype, or go back to sound weights")
+        return values
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Bytes of "5GB", "300MB", "2GiB" (KB, MB, GB count in thousands)."""
+    number = text.rstrip("BbIiKkMmGg ")
+    unit = text[len(number) :].strip().upper()
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UserError(f"{flag} {text}: give a size such as 5GB or 300MB")
+    return size
+
+
+def write_safetensors(path: str, tensors: Sequence[Tensor]) -> None:
+    """One file; the header is padded so that the data begin at a multiple of eight bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for tensor in tensors:
+        entry = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, place + tensor.nbytes]}
+        header[tensor.name] = entry
+        place += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.data().reshape(-1).view(np.uint8).data)
+
+
+def shards(tensors: Sequence[Tensor], shard_size: int) -> list[list[Tensor]]:
+    """Tensors in their order, as many a shard as fit (a larger one has a shard of its own)."""
+    parts: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not parts or tensor.nbytes > room:
+            parts.append([])
+            room = shard_size
+        parts[-1].append(tensor)
+        room -= tensor.nbytes
+    return parts
+
+
+def write_model(folder: str, tensors: Sequence[Tensor], shard_size: int, say: Callable[[str], None]) -> None:
+    """model.safetensors, or numbered shards with the index that transformers reads."""
+    parts = shards(tensors, shard_size)
+    if len(parts) == 1:
+        write_safetensors(os.path.join(folder, "model.safetensors"), parts[0])
+        return
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        say(f"writing {name}")
+        write_safetensors(os.path.join(folder, name), part)
+        weight_map |= dict.fromkeys((tensor.name for tensor in part), name)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    with open(os.path.join(folder, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
+        json.dump(index, file, indent=2)
+        file.write("\n")

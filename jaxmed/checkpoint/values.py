@@ -1,0 +1,157 @@
+"""A model's parameters one at a time, from wherever they are: base folder, upstream folder, runs, the later over the earlier.
+
+What `train.init.materialise` puts on devices in one go is read here slice by slice, for exports that never hold a model whole.
+Paths are those of the stacked tree: blocks have a leading L.
+"""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from jaxmed.checkpoint import manager
+from jaxmed.checkpoint.adapter import chain, upstream_sources
+from jaxmed.checkpoint.folders import detect
+from jaxmed.checkpoint.hf_io import open_folder
+from jaxmed.checkpoint.hf_tables import canonical_names, decoder_rows
+from jaxmed.checkpoint.load import Path, match_params, read_slice
+from jaxmed.config import Experiment, MeshConfig
+from jaxmed.errors import UserError
+from jaxmed.models.vlm import Vlm
+from jaxmed.sharding import make_mesh
+
+_ADAPTER = ("lora_a", "lora_b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The trainable half of a run's newest checkpoint."""
+
+    run: str
+    step: int
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.run, manager.FOLDER, str(self.step), "trainable")
+
+
+class Values:
+    """Everything is matched when it is made (names, shapes, dtypes; all offenders at once); values are read when asked for."""
+
+    def __init__(self, experiment: Experiment):
+        model = experiment.model
+        self.experiment = experiment
+        self.shapes = parameter_shapes(experiment)
+        folders = list(chain(model.adapter))
+        self.runs = [_trained(folder) for folder in folders if detect(folder) == "run"]
+        self.upstream = next((folder for folder in folders if detect(folder) != "run"), "")
+        self.base_dtypes: dict[str, np.dtype] = {}
+        """Canonical name -> dtype in the base folder"""
+        self.upstream_names: set[str] = set()
+        """Canonical names in the upstream folder"""
+        self.ignored: dict[str, str] = {}
+        self._match = None
+        if model.base:
+            base = open_folder(model.base)
+            self.base_dtypes = {key: base.dtype(name) for key, name in canonical_names(base.names(), base.path).items()}
+            rows, sources, fills = upstream_sources(experiment)
+            self.upstream_names = {key for s in sources for key in canonical_names(s.names(), s.path)}
+            of_base = {path for path in self.shapes if path[0] == "decoder" and path[-1] not in _ADAPTER}
+            wanted = {path: leaf for path, leaf in self.shapes.items() if path in of_base or fills(path)}
+            rows = decoder_rows(model.decoder, len(model.added_tokens)) + rows
+            self._match = match_params(rows, [base, *sources], _nested(wanted), partial=True)
+            self.ignored = dict(self._match.ignored)
+        self._check_runs()
+        self._kept: tuple[str, np.ndarray] | None = None
+
+    def _check_runs(self) -> None:
+        named = {"/".join(path): leaf.shape for path, leaf in self.shapes.items()}
+        for trained in self.runs:
+            wrong = [f"{name} {shape}" for name, shape in trained.shapes.items() if named.get(name) != shape]
+            if wrong:
+                raise UserError(f"{trained.run}: holds {', '.join(wrong[:3])}, for which this model has no place")
+
+    def trained_by(self, path: Path) -> Trained | None:
+        """The newest run that trained the parameter."""
+        return next((trained for trained in self.runs if "/".join(path) in trained.shapes), None)
+
+    def stored(self, path: Path) -> bool:
+        return self.trained_by(path) is not None or (self._match is not None and path in self._match.filled)
+
+    def source(self, path: Path, layer: int) -> str:
+        """The file, or the checkpoint's folder, that holds a parameter (one layer of it)."""
+        trained = self.trained_by(path)
+        return trained.path if trained else self._piece(path, layer).where.rsplit(": ", 1)[0]
+
+    def dtype(self, path: Path, layer: int) -> np.dtype:
+        """As it is stored."""
+        return np.dtype(np.float32) if self.trained_by(path) else self._piece(path, layer).theirs.dtype
+
+    def shape(self, path: Path) -> tuple[int, ...]:
+        """Without the layers."""
+        shape = self.shapes[path].shape
+        return shape[1:] if is_stacked(path) else shape
+
+    def read(self, path: Path, layer: int) -> np.ndarray:
+        """A parameter, or one layer of a stacked one, in the dtype in which it is stored."""
+        name = "/".join(path)
+        if trained := self.trained_by(path):
+            if self._kept is None or self._kept[0] != name:
+                self._kept = None  # before the next one is read
+                self._kept = (name, _read_array(trained, name))
+            return self._kept[1][layer] if is_stacked(path) else self._kept[1]
+        shape = self.shapes[path].shape
+        index = tuple(slice(None) for _ in shape)
+        if is_stacked(path):
+            index = (slice(layer, layer + 1), *index[1:])
+        found = read_slice(self._match.filled[path], shape, self.dtype(path, layer), index, path in self._match.stacked)
+        return found[0] if is_stacked(path) else found
+
+    def _piece(self, path: Path, layer: int) -> Any:
+        pieces = self._match.filled[path]
+        return pieces[layer if is_stacked(path) else 0]
+
+
+def parameter_shapes(experiment: Experiment) -> dict[Path, jax.ShapeDtypeStruct]:
+    """{path: shape} of a whole model, layers stacked, parts of a path as texts."""
+    with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.local_devices()[:1])):
+        state = nnx.state(nnx.eval_shape(lambda: Vlm(experiment, jax.random.key(0), split=False)))
+    leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))[0]
+    return {tuple(str(key.key) for key in keys): jax.ShapeDtypeStruct(leaf.shape, np.float32) for keys, leaf in leaves}
+
+
+def is_stacked(path: Path) -> bool:
+    return path[:2] == ("decoder", "blocks")
+
+
+def _nested(leaves: dict[Path, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        place = tree
+        for name in path[:-1]:
+            place = place.setdefault(name, {})
+        place[path[-1]] = leaf
+    return tree
+
+
+def _trained(run: str) -> Trained:
+    step = manager.newest(run)
+    return Trained(run, step, manager.trainable_shapes(run, step))
+
+
+def _read_array(trained: Trained, name: str) -> np.ndarray:
+    """One array of a checkpoint, in host memory alone."""
+    args = ocp.args.PyTreeRestore(
+        item={name: 0}, restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
+    )
+    path = os.path.abspath(trained.path)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        try:
+            return np.asarray(reader.restore(path, args=args)[name])
+        except Exception as error:  # whatever a damaged file raises in Orbax or tensorstore
+            raise UserError(f"{path}: cannot be read ({(str(error).splitlines() or [''])[0][:300]})") from error

@@ -1,0 +1,97 @@
+"""What a model consists of, part by part: parameters, bytes, and bytes on one device of a mesh. Nothing is read or allocated.
+
+Axis letters: A added tokens, D decoder width, V rows of a vocabulary with padding.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from jaxmed.config import Experiment, MeshConfig
+from jaxmed.sharding import AXES
+from jaxmed.train.init import abstract_state, blueprint, flatten
+from jaxmed.train.optim import Path
+
+_NAMES = {
+    ("decoder", "embed"): "embedding",
+    ("decoder", "blocks"): "blocks",
+    ("decoder", "norm"): "final norm",
+    ("decoder", "head"): "head",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Parameters of one part of a model that share dtype and fate."""
+
+    name: str
+    fate: Literal["trainable", "frozen"]
+    dtype: str
+    parameters: int
+    """Without the padding of a vocabulary"""
+    bytes: int
+    """With it, as they lie in memory"""
+    device_bytes: int
+    """Of one device"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inventory:
+    mesh: dict[str, int]
+    parts: list[Part]
+    optimizer_bytes: int
+    optimizer_device_bytes: int
+
+
+def take_inventory(experiment: Experiment, mesh: MeshConfig) -> Inventory:
+    """Parts in the order of the computation. UserError where sizes do not divide over the mesh."""
+    shape = (max(mesh.data, 1), mesh.fsdp, mesh.context, mesh.tensor)
+    rows = shape[0] * shape[1]
+    data = dataclasses.replace(experiment.data, batch=rows, microbatches=1, buckets=(2 * mesh.context,))  # no batch is at issue
+    experiment = dataclasses.replace(experiment, data=data)
+    devices = AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    with jax.sharding.use_abstract_mesh(devices):
+        plan = blueprint(experiment, devices)
+        moments = jax.tree.leaves(abstract_state(plan).opt_state) if plan.trainable else []
+    halves = {"trainable": flatten(plan.trainable), "frozen": flatten(plan.frozen)}
+    groups: dict[tuple[str, str, str], list[tuple[Path, Any]]] = {}
+    for fate, leaves in halves.items():
+        for path, leaf in leaves.items():
+            groups.setdefault((_part(path), fate, np.dtype(leaf.dtype).name), []).append((path, leaf))
+    order = ["embedding", "added tokens", "blocks", "LoRA", "final norm", "head", "projector"]
+    parts = [
+        Part(
+            *key,
+            sum(_count(path, leaf, experiment) for path, leaf in members),
+            sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in members),
+            sum(_on_device(leaf) for _, leaf in members),
+        )
+        for key, members in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0]))
+    ]
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in moments)
+    return Inventory(dict(zip(AXES, shape, strict=True)), parts, whole, sum(map(_on_device, moments)))
+
+
+def _part(path: Path) -> str:
+    if path[-1] in ("lora_a", "lora_b"):
+        return "LoRA"
+    if path[-1] == "added":
+        return "added tokens"
+    return "projector" if path[0] == "projector" else _NAMES[path[:2]]
+
+
+def _count(path: Path, leaf: Any, experiment: Experiment) -> int:
+    """Rows of padding do not count; those of added tokens count once in the embedding, and in an untied head."""
+    model = experiment.model
+    rows = {"embed": model.decoder.vocab, "head": model.decoder.vocab + len(model.added_tokens)}
+    if path[0] == "decoder" and path[-1] in ("table", "weight") and path[1] in rows:
+        return rows[path[1]] * leaf.shape[1]
+    return math.prod(leaf.shape)
+
+
+def _on_device(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
