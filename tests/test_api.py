@@ -67,9 +67,7 @@ def test_what_is_generated_does_not_depend_on_the_batch(model):
 
 
 def test_a_mesh_changes_nothing(model):
-    wide = jaxmed.load(
-        ADAPTER, base=BASE, mesh=make_mesh(MeshConfig(data=4), jax.devices()[:4]), dtype="float32"
-    )
+    wide = jaxmed.load(ADAPTER, base=BASE, mesh=make_mesh(MeshConfig(data=4), jax.devices()[:4]), dtype="float32")
     for ours, theirs in zip(wide.logits([IMAGE], [QUESTION]), model.logits([IMAGE], [QUESTION]), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
     records = json.loads((GOLDEN / "records_batch.json").read_text())

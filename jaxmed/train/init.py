@@ -19,7 +19,6 @@ from jaxmed.checkpoint.hf_io import open_folder
 from jaxmed.checkpoint.hf_tables import decoder_rows
 from jaxmed.checkpoint.load import read_params
 from jaxmed.config import Experiment
-from jaxmed.errors import UserError
 from jaxmed.models.vlm import Vlm
 from jaxmed.sharding import Rules, check_divisible, like, replicated, rules_for, state_specs, to_shardings
 from jaxmed.train.optim import Path, make_optimizer
@@ -64,8 +63,6 @@ def blueprint(experiment: Experiment, mesh: Mesh) -> Blueprint:
 
 def start(plan: Blueprint) -> tuple[Any, Any]:
     """-> trainable, frozen: the values of a run that has no checkpoint yet."""
-    if not plan.trainable:
-        raise UserError("nothing would be trained; set lora.rank above 0, or train.trainable to projector or all")
     trainable = set(flatten(plan.trainable))
     values = materialise(plan.experiment, flatten(plan.trainable) | flatten(plan.frozen), complete=True)
     halves = ({p: x for p, x in values.items() if (p in trainable) == wanted} for wanted in (True, False))

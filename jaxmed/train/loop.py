@@ -58,6 +58,8 @@ def fit(experiment: Experiment, out: str, devices: Sequence[jax.Device] | None =
     mesh = make_mesh(experiment.mesh, devices)
     with jax.set_mesh(mesh):
         model = blueprint(experiment, mesh)
+        if not model.trainable:
+            raise UserError("nothing would be trained; set lora.rank above 0, or train.trainable to projector or all")
         checkpoints = Checkpoints(out, experiment.train.keep)
         try:
             # resume priority: the newest complete checkpoint of this folder; else model.adapter over the base; else the base;
