@@ -1,7 +1,7 @@
 """The BTB3D step, compiled ahead of time for a TPU v5p slice of 16 chips (Linux x86-64 with libtpu; no TPU is needed).
 
-Seen with libtpu 0.0.52: mesh (1, 8, 2, 1) 41 s, 4.8 GB arguments and 15.3 GB temporaries a chip, 1.6 GB of host memory;
-(2, 4, 1, 2) 3.7 GB and 19.9 GB.
+Seen with libtpu 0.0.52 on two busy cores, 1.6 GB of host memory: mesh (1, 8, 2, 1) 41 to 76 s, a chip's arguments 2.5 GB and
+temporaries 15.1 GB; (2, 4, 1, 2) 47 s, 2.6 GB and 19.9 GB.
 """
 
 import importlib.util
