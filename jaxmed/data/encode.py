@@ -26,6 +26,8 @@ from jaxmed.errors import BadRecords, Problem, UserError
 ENDINGS = (".nii.gz", ".nii")
 # Canvases below this many voxels are encoded in milliseconds.
 SMALL = 2**20
+LEARNED = "btb3d-"
+"""How the signature of a learned encoder begins"""
 OnBadRecord = Literal["stop", "skip"]
 
 
@@ -58,6 +60,20 @@ class Work:
     """Volumes that cannot be jobs"""
     present: int
     """Files that are there already"""
+
+
+def unpublished_preprocessing(encode: EncodeConfig) -> tuple[str, ...]:
+    """What of the preprocessing is not as BTB3D published it, for the signature of a learned encoder's files."""
+    published = EncodeConfig()
+    other = [name for name in ("canvas", "spacing", "hu_range") if getattr(encode, name) != getattr(published, name)]
+    return tuple(f"{name}={','.join(f'{v:g}' for v in getattr(encode, name))}" for name in other)
+
+
+def same_preprocessing(encoder: str, encode: EncodeConfig) -> bool:
+    """Whether the signature of a file says that its volume was prepared as `encode` says. Unsigned files say nothing."""
+    if encoder.startswith(LEARNED):
+        return tuple(word for word in encoder.split()[1:] if "=" in word) == unpublished_preprocessing(encode)
+    return encoder in ("", haar.signature(encode))
 
 
 def find_volumes(folder: str) -> list[str]:

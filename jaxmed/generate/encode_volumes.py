@@ -28,7 +28,17 @@ from jaxmed.checkpoint.volume_encoder_config import check_fits, find_files, read
 from jaxmed.checkpoint.volume_encoder_tables import EncoderTensors, encoder_rows, encoder_tensors
 from jaxmed.config import EncodeConfig, MeshConfig
 from jaxmed.data.embeddings import pack_codes, unpack_codes, write_npz
-from jaxmed.data.encode import EncodeSummary, Job, OnBadRecord, Work, collect, plan_folder, problem_of
+from jaxmed.data.encode import (
+    LEARNED,
+    EncodeSummary,
+    Job,
+    OnBadRecord,
+    Work,
+    collect,
+    plan_folder,
+    problem_of,
+    unpublished_preprocessing,
+)
 from jaxmed.data.parallel import usable_cores
 from jaxmed.data.volumes import Override, preprocess, read_volume
 from jaxmed.data.windows import ahead, join, patched_windows, token_shape, window_count
@@ -120,11 +130,8 @@ class LearnedEncoder:
 
     def signature(self, encode: EncodeConfig, form: Form) -> str:
         """The `encoder` of a file: what its tokens depend on but the volume. Published preprocessing goes without saying."""
-        published = EncodeConfig()
-        names = ("canvas", "spacing", "hu_range")
-        other = [name for name in names if getattr(encode, name) != getattr(published, name)]
-        parts = [f"btb3d-{self.config.name}:{self.fingerprint}"] + ["z"] * (form == "continuous")
-        return " ".join(parts + [f"{name}={','.join(f'{v:g}' for v in getattr(encode, name))}" for name in other])
+        parts = [f"{LEARNED}{self.config.name}:{self.fingerprint}"] + ["z"] * (form == "continuous")
+        return " ".join([*parts, *unpublished_preprocessing(encode)])
 
 
 def encoder_sizes(encoder: str, config: str = "") -> VolumeEncoderConfig:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from jaxmed.config import Experiment
-from jaxmed.data import haar
 from jaxmed.data.conversation import encode_training
+from jaxmed.data.encode import same_preprocessing
 from jaxmed.data.metadata import Metadata
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.data.volumes import Override
@@ -69,8 +69,7 @@ def _sample(row: Row, experiment: Experiment, tokenizer: Tokenizer, volumes: Vol
     data = experiment.data
     example = encode_training(row.record, tokenizer, data.template)
     images = list(zip(row.record.images, row.places, strict=True))
-    signature = haar.signature(experiment.encode)
-    other = next((h.encoder for h in row.headers if h.encoder and h.encoder != signature), "")
+    other = next((h.encoder for h in row.headers if not same_preprocessing(h.encoder, experiment.encode)), "")
     return {
         "row": row.record.row,
         "id": row.record.id,

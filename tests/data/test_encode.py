@@ -11,7 +11,7 @@ from jaxmed.cli import encode as command
 from jaxmed.config import EncodeConfig, VisualConfig
 from jaxmed.data import haar
 from jaxmed.data.embeddings import load_tokens, read_header
-from jaxmed.data.encode import encode_folder, find_volumes
+from jaxmed.data.encode import encode_folder, find_volumes, same_preprocessing
 from jaxmed.data.volumes import preprocess, read_volume
 from jaxmed.errors import BadRecords, UserError
 
@@ -174,3 +174,13 @@ def test_command(tmp_path, folder, capsys):
     config.write_text(CONFIG_FILE.format(features=4 * features + 4))
     with pytest.raises(UserError, match=f"encode.bands gives {features} features"):
         command.run([str(config), "--volumes", volumes, "--out", out])
+
+
+def test_a_signature_tells_whether_the_preprocessing_is_the_configs() -> None:
+    published, other = EncodeConfig(), EncodeConfig(spacing=(0.75, 0.75, 3.0))
+    assert same_preprocessing("", other), "an unsigned file says nothing"
+    assert same_preprocessing("btb3d-16x16x8:0123456789ab z", published)
+    assert not same_preprocessing("btb3d-16x16x8:0123456789ab", other)
+    assert same_preprocessing("btb3d-8x8x8:0123456789ab spacing=0.75,0.75,3", other)
+    assert same_preprocessing(haar.signature(other), other)
+    assert not same_preprocessing(haar.signature(other), published)
