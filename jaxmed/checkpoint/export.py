@@ -16,7 +16,7 @@ import numpy as np
 from jaxmed.checkpoint import export_config
 from jaxmed.checkpoint.hf_tables import EMBED, LAYER, PEFT_PREFIX, Row, decoder_rows, lora_rows, projector_rows
 from jaxmed.checkpoint.load import Path
-from jaxmed.checkpoint.tensor_files import Tensor
+from jaxmed.checkpoint.tensor_files import Tensor, cast
 from jaxmed.checkpoint.values import Values
 from jaxmed.config import Experiment
 from jaxmed.errors import UserError
@@ -87,19 +87,21 @@ class _Planner:
             used += halves
             rule += f" + merged LoRA, {self.adapter.alpha:g} / {self.adapter.rank} * B A in float32"
 
+        dtype = self._dtype(name, paths, layer, merge)
+
         def make() -> np.ndarray:
             theirs = None
             for row, path in zip(group, paths, strict=True):
                 ours = values.read(path, layer)
                 if merged:
                     ours = _merge(ours, *(values.read(half, layer) for half in halves), self.adapter)
-                theirs = row.transform.write(ours, theirs)
+                theirs = row.transform.write(cast(ours, dtype), theirs)  # or joining two dtypes takes a wider array
             return theirs
 
         return Tensor(
             prefix + name,
             self._shape(group, paths),
-            self._dtype(name, paths, layer, merge),
+            dtype,
             make,
             "/".join(paths[0]),
             rule,

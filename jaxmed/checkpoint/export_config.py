@@ -17,7 +17,8 @@ from jaxmed.data.tokenizer import Tokenizer, has_tokenizer
 from jaxmed.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
-TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", *CHAT_TEMPLATES)
 
 _ADAPTER_DEFAULTS = {
     "alpha_pattern": {},
@@ -163,9 +164,20 @@ def write_tokenizer(experiment: Experiment, folder: str) -> bool:
         return False
     added = experiment.model.added_tokens
     if all(Tokenizer.from_folder(source).token_id(token) is not None for token in added):
-        for name in TOKENIZER_FILES:
-            if os.path.exists(os.path.join(source, name)):
-                shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+        _copy(TOKENIZER_FILES, source, folder)
     else:
         Tokenizer.from_folder(source, added, experiment.model.pad_token).save(folder)
+        _copy(CHAT_TEMPLATES, source, folder)
     return True
+
+
+def write_chat_template(experiment: Experiment, folder: str) -> None:
+    """The base's, where it is a file of its own: the tokenizer of a run is saved without it."""
+    if experiment.model.base and not any(os.path.exists(os.path.join(folder, name)) for name in CHAT_TEMPLATES):
+        _copy(CHAT_TEMPLATES, experiment.model.base, folder)
+
+
+def _copy(names: tuple[str, ...], source: str, folder: str) -> None:
+    for name in names:
+        if os.path.exists(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))

@@ -9,7 +9,7 @@ from typing import Any
 
 import jaxmed
 from jaxmed.checkpoint.export import MODEL, Plan
-from jaxmed.checkpoint.export_config import tokenizer_folder, write_tokenizer
+from jaxmed.checkpoint.export_config import tokenizer_folder, write_chat_template, write_tokenizer
 from jaxmed.checkpoint.folders import detect
 from jaxmed.checkpoint.hf_io import base_fingerprint
 from jaxmed.checkpoint.tensor_files import write_model, write_safetensors
@@ -58,6 +58,8 @@ def _write_files(plan: Plan, folder: str, shard_size: int, say: Callable[[str], 
         written = {name: document for name, document in plan.documents.items() if name in _CONFIGS}
         if not write_tokenizer(plan.experiment, folder):
             say("there is no tokenizer in the source, so none was written")
+        elif plan.to == "hf":
+            write_chat_template(plan.experiment, folder)
         for name in set(_CONFIGS) & set(os.listdir(folder)):  # saving a tokenizer states end ids of its own
             if name in written:
                 _write_json(os.path.join(folder, name), written[name])

@@ -41,16 +41,23 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def data(self) -> np.ndarray:
-        """The values as they go into the file; those that are no numbers, or become none in the file's dtype, are refused."""
+        """The values as they go into the file; those that are no numbers, or that its dtype cannot hold, are refused."""
         made = self.make()
         if made.shape != self.shape:
             raise ValueError(f"{self.name}: was planned as {self.shape}, is {made.shape}")
-        with np.errstate(over="ignore"):
-            values = np.ascontiguousarray(made, self.dtype)
+        values = cast(made, self.dtype)
         if not is_finite(values):
-            why = "holds NaN or infinite values" if not is_finite(made) else f"has values too large for {self.dtype}"
-            raise UserError(f"{', '.join(self.sources)}: {self.name} {why}; give another --dtype, or go back to sound weights")
+            raise UserError(
+                f"{', '.join(self.sources)}: {self.name} has values that are not finite as {self.dtype}; "
+                "give another --dtype, or go back to sound weights"
+            )
         return values
+
+
+def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Contiguous and in `dtype`; what is too large becomes infinite, for `Tensor.data` to find."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, dtype).reshape(values.shape)  # numpy makes a scalar one-dimensional
 
 
 def parse_size(text: str, flag: str) -> int:

@@ -24,6 +24,9 @@ _NAMES = {
 }
 
 
+_ORDER = ("embedding", "added tokens", "blocks", "LoRA", "final norm", "head")
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Parameters of one part of a model that share dtype and fate."""
@@ -62,7 +65,6 @@ def take_inventory(experiment: Experiment, mesh: MeshConfig) -> Inventory:
     for fate, leaves in halves.items():
         for path, leaf in leaves.items():
             groups.setdefault((_part(path), fate, np.dtype(leaf.dtype).name), []).append((path, leaf))
-    order = ["embedding", "added tokens", "blocks", "LoRA", "final norm", "head", "projector"]
     parts = [
         Part(
             *key,
@@ -70,10 +72,15 @@ def take_inventory(experiment: Experiment, mesh: MeshConfig) -> Inventory:
             sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in members),
             sum(_on_device(leaf) for _, leaf in members),
         )
-        for key, members in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0]))
+        for key, members in sorted(groups.items(), key=lambda item: _rank(*item[0]))
     ]
     whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in moments)
     return Inventory(dict(zip(AXES, shape, strict=True)), parts, whole, sum(map(_on_device, moments)))
+
+
+def _rank(name: str, fate: str, dtype: str) -> tuple[int, str, str, str]:
+    """The language model first, whatever is beside it after that."""
+    return (_ORDER.index(name) if name in _ORDER else len(_ORDER)), name, fate, dtype
 
 
 def _part(path: Path) -> str:
@@ -81,7 +88,7 @@ def _part(path: Path) -> str:
         return "LoRA"
     if path[-1] == "added":
         return "added tokens"
-    return "projector" if path[0] == "projector" else _NAMES[path[:2]]
+    return _NAMES.get(path[:2], str(path[0]))
 
 
 def _count(path: Path, leaf: Any, experiment: Experiment) -> int:

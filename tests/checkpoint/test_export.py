@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import jax
@@ -88,7 +89,11 @@ def trained(run):
 
 @pytest.fixture(scope="module")
 def merged(run, tmp_path_factory) -> Path:
-    return convert(run, "hf", tmp_path_factory.mktemp("hf") / "merged", shard_size=40_000)
+    """In shards; the base is a copy that has a chat template."""
+    folder = tmp_path_factory.mktemp("hf")
+    base = shutil.copytree(BASE, folder / "base", copy_function=shutil.copyfile)
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    return convert(run, "hf", folder / "merged", str(base), shard_size=40_000)
 
 
 # -- upstream's layout -----------------------------------------------------------------------------------------------------
@@ -207,6 +212,7 @@ def test_merged_tokenizer_knows_the_added_tokens(merged, trained):
     text = "Any finding?<report_generation> Nodules<short_answe>"
     assert theirs(text).input_ids == trained.tokenizer.encode(text)
     assert len(set(theirs(text).input_ids) & set(range(432, 437))) == 2
+    assert theirs.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False) == "Hello!"
 
 
 def test_tied_base_with_an_adapter_of_peft(tmp_path):
@@ -274,12 +280,13 @@ def test_dtype_is_chosen(tmp_path):
 
 def test_manifest_says_where_everything_came_from(merged, run):
     manifest = json.loads((merged / "manifest.json").read_text())
-    assert manifest["source"] == {"folder": str(run), "kind": "run"} and manifest["base"]["folder"] == BASE
+    base = str(merged.parent / "base")
+    assert manifest["source"] == {"folder": str(run), "kind": "run"} and manifest["base"]["folder"] == base
     checkpoint = str(run / "checkpoints" / "2" / "trainable")
     assert manifest["projector"] == manifest["adapter"] == [checkpoint]
     hashed = manifest["files"]
     assert all(sha256(path) == entry["sha256"] for path, entry in hashed.items())
-    assert {f"{BASE}/model-0000{i}-of-00004.safetensors" for i in range(1, 5)} <= hashed.keys()
+    assert {f"{base}/model-0000{i}-of-00004.safetensors" for i in range(1, 5)} <= hashed.keys()
     assert any(path.startswith(checkpoint) for path in hashed)
     rows = {row["theirs"]: row for row in manifest["tensors"]}
     assert rows.keys() == {*tensors(merged), *load_file(merged / "mm_projector.safetensors")}
