@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed._configs import btb3d
+from jaxmed.checkpoint.hf_io import base_fingerprint
 from jaxmed.checkpoint.manager import Checkpoints
 from jaxmed.cli.validate import resolve
 from jaxmed.config import (
@@ -72,6 +73,12 @@ def run_from_scratch(out: Path, decoder: dict, added: tuple[str, ...] = (), **tr
         lora=LoraConfig(rank=0),
         train=TrainConfig(steps=1, trainable="all", **train),
     )
+    return save_run(out, experiment)
+
+
+def save_run(out: Path, experiment: Experiment) -> dict[str, np.ndarray]:
+    """A run whose trainable half is random."""
+    model = experiment.model
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         shapes = flatten(blueprint(experiment, mesh).trainable)
@@ -83,9 +90,10 @@ def run_from_scratch(out: Path, decoder: dict, added: tuple[str, ...] = (), **tr
     values = {path: drawn(path, leaf.shape) for path, leaf in shapes.items()}
     os.makedirs(out)
     (out / "config.json").write_text(to_json(experiment))
-    Tokenizer.from_folder(BASE, added).save(str(out / "tokenizer"))
+    Tokenizer.from_folder(BASE, model.added_tokens).save(str(out / "tokenizer"))
     checkpoints = Checkpoints(str(out), 1)
-    meta = {"step": 1, "config": to_dict(experiment), "base": "", "base_fingerprint": "", "encoder": ""}
+    meta = {"step": 1, "config": to_dict(experiment), "encoder": "invented", "base": model.base}
+    meta["base_fingerprint"] = base_fingerprint(model.base) if model.base else ""
     checkpoints.save(TrainState(jnp.int32(1), unflatten(values), {"count": jnp.int32(1)}), meta)
     checkpoints.wait()
     checkpoints.close()

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
-from small_runs import BASE, GOLDEN, ROPE, run_from_scratch, train
+from small_runs import BASE, GOLDEN, ROPE, golden_experiment, run_from_scratch, save_run, train
 from tiny_llama import save_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
@@ -25,7 +25,7 @@ from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.export import TABLE, plan_export
 from jaxmed.checkpoint.export_folder import sha256, write_export
 from jaxmed.checkpoint.folders import BTB3D_TOKENS, detect
-from jaxmed.checkpoint.hf_io import open_folder
+from jaxmed.checkpoint.hf_io import is_finite, open_folder
 from jaxmed.checkpoint.tensor_files import Tensor, parse_size, write_safetensors
 from jaxmed.checkpoint.torch_pickle import load_bin
 from jaxmed.checkpoint.torch_pickle_writer import _integer, save_bin
@@ -137,6 +137,22 @@ def test_run_in_upstreams_layout_is_the_same_model(run, trained, tmp_path):
     embed = torch.load(out / "non_lora_trainables.bin", weights_only=True)["base_model.model.model.embed_tokens.weight"]
     np.testing.assert_array_equal(embed[432:].numpy(), checkpoint_arrays(run)["decoder/embed/added"])
     np.testing.assert_array_equal(embed[:432].numpy(), tensors(BASE)["model.embed_tokens.weight"])
+
+
+def test_alignment_run_is_a_projector_alone(tmp_path):
+    experiment = golden_experiment()
+    experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, trainable="projector"))
+    saved = save_run(tmp_path / "run", experiment)
+    out = convert(tmp_path / "run", "llava", tmp_path / "out")
+    assert detect(str(out)) == "mm_projector" and not (out / "adapter_config.json").exists()
+    found = torch.load(out / "mm_projector.bin", weights_only=True)
+    assert found.keys() == {f"model.mm_projector.proj.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}
+    np.testing.assert_array_equal(found["model.mm_projector.proj.0.weight"].numpy(), saved["projector/layers/0/weight"])
+    whole = tensors(convert(tmp_path / "run", "hf", tmp_path / "hf"))
+    for name, array in tensors(BASE).items():  # adapters that were never trained are zero
+        np.testing.assert_array_equal(whole[name][: len(array)], array)
+    with pytest.raises(UserError, match="no LoRA adapter"):
+        convert(tmp_path / "run", "peft", tmp_path / "peft")
 
 
 # -- PEFT ------------------------------------------------------------------------------------------------------------------
@@ -367,6 +383,13 @@ def test_values_that_are_no_numbers_leave_nothing(value, dtype, tmp_path):
     with pytest.raises(UserError, match=r"model\.layers\.3\.mlp\.down_proj\.weight"):
         convert(source, "hf", tmp_path / "out", dtype=dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_bad_value_is_found_wherever_it_is(dtype):
+    array = np.zeros((1300, 1700), dtype)
+    array[1299, 1699] = np.inf
+    assert not is_finite(array) and not is_finite(array.T) and is_finite(array[:1299])
 
 
 def test_nothing_is_overwritten(tmp_path):
