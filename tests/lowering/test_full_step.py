@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import time
 
 import jax
 import jax.numpy as jnp
@@ -24,28 +23,27 @@ FORWARD, RECOMPUTED, BACKWARD = 2, 2, 5
 
 @pytest.fixture(scope="module")
 def lowered():
-    """(shape, remat) -> experiment, equations, seconds; each is traced once."""
+    """(shape, remat) -> experiment and equations of the lowered step; each is traced once."""
     known = {}
 
     def of(shape, remat="full", **train):
         key = (shape, remat, *sorted(train.items()))
         if key not in known:
-            start = time.perf_counter()
             experiment = on_mesh(btb3d.get_config(), shape, remat=remat, **train)
             mesh = abstract_mesh(shape)
             with jax.sharding.use_abstract_mesh(mesh):
                 traced = trace_step(experiment, mesh, LENGTH)
                 traced.lower(lowering_platforms=("tpu",))
-            known[key] = experiment, list(equations(traced.jaxpr.jaxpr)), time.perf_counter() - start
+            known[key] = experiment, list(equations(traced.jaxpr.jaxpr))
         return known[key]
 
     return of
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_lowers_in_seconds(lowered, shape):
-    experiment, found, seconds = lowered(shape)
-    assert seconds < 30, "the trace must not grow with the layers or the sequence"
+def test_the_program_grows_with_neither_layers_nor_length(lowered, shape):
+    """It lowers in a second or two because it has a few thousand equations, whatever the model's size."""
+    experiment, found = lowered(shape)
     assert len(found) < 10_000
     assert max(e.times for e in found) >= experiment.model.decoder.layers * 100, "the walk went into the scans"
 
@@ -54,7 +52,7 @@ def test_lowers_in_seconds(lowered, shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_array_has_two_axes_of_the_sequences_length(lowered, shape, remat):
     """Neither [B, T, V] nor [T, T], as a whole or as one shard's part of it."""
-    _, found, _ = lowered(shape, remat)
+    _, found = lowered(shape, remat)
     for equation in found:
         long = LENGTH // shape[2] if equation.shard else LENGTH
         for shape_ in equation.shapes:
@@ -78,7 +76,7 @@ def test_no_array_has_two_axes_of_the_sequences_length(lowered, shape, remat):
 )
 def test_attention_does_half_of_the_square_on_every_shard(lowered, shape, remat, products):
     """And it is computed a second time only where the policy says so."""
-    experiment, found, _ = lowered(shape, remat)
+    experiment, found = lowered(shape, remat)
     decoder = experiment.model.decoder
     flops = sum(e.flops * e.times for e in found if e.shard)
     rows, heads = experiment.data.batch // (shape[0] * shape[1]), decoder.heads // shape[3]
@@ -89,7 +87,7 @@ def test_attention_does_half_of_the_square_on_every_shard(lowered, shape, remat,
 @pytest.mark.parametrize(("remat", "passes"), [("full", 3), ("none", 2)])
 def test_frozen_weights_get_no_gradient(lowered, remat, passes):
     """No product has a frozen weight's shape, and the work is that of `passes` products a weight and token."""
-    experiment, found, _ = lowered((1, 8, 2, 1), remat)
+    experiment, found = lowered((1, 8, 2, 1), remat)
     decoder = experiment.model.decoder
     width, mlp = decoder.width, decoder.mlp
     kv, vocab = decoder.kv_heads * decoder.head_dim, padded_vocab(128261)
@@ -107,7 +105,7 @@ def test_frozen_weights_get_no_gradient(lowered, remat, passes):
 
 def test_full_training_does_have_gradients_of_weights(lowered):
     """The control of the test above."""
-    _, found, _ = lowered((1, 8, 2, 1), trainable="all")
+    _, found = lowered((1, 8, 2, 1), trainable="all")
     made = {tuple(s) for e in found if e.name == "dot_general" for s in e.shapes}
     assert {(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)} <= made
 
