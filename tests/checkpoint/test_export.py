@@ -291,6 +291,14 @@ def test_dtype_is_chosen(tmp_path):
     assert_bits_equal(tensors(out), {name: x.astype(ml_dtypes.bfloat16) for name, x in wanted.items()})
 
 
+def test_merged_folder_has_the_dtype_of_its_base(tmp_path):
+    base = convert(BASE, "hf", tmp_path / "base", dtype="bfloat16")
+    experiment = resolve(str(GOLDEN / UPSTREAM["zero3"]), str(base), "float32", {})
+    assert {t.dtype.name for t in plan_export(experiment, "hf").files["model.safetensors"]} == {"bfloat16"}  # embed_tokens too
+    assert plan_export(experiment, "hf").documents["config.json"]["torch_dtype"] == "bfloat16"
+    assert {t.dtype.name for t in plan_export(experiment, "llava").tensors} == {"float32"}
+
+
 # -- the manifest ----------------------------------------------------------------------------------------------------------
 
 
