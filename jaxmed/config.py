@@ -6,6 +6,7 @@ No field is Optional: rank 0 is "off", "" is "not given". `to_json` and `from_js
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -207,12 +208,15 @@ class OptimConfig:
     """AdamW with the semantics of torch and of Hugging Face's schedules."""
 
     learning_rate: float = 2e-5
+    """Peak learning rate."""
     projector_learning_rate: float = 0.0
     """Learning rate of the projector; 0: the same as `learning_rate`."""
     weight_decay: float = 0.0
     """Decoupled decay of everything but biases and norms."""
     b1: float = 0.9
+    """Decay of the first moment (mean of the gradients)."""
     b2: float = 0.999
+    """Decay of the second moment (mean of their squares)."""
     eps: float = 1e-8
     """Added to the root of the second moment (outside the root)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -222,11 +226,17 @@ class OptimConfig:
     warmup_ratio: float = 0.0
     """Warm-up as a fraction of the steps, rounded up; used where `warmup_steps` is 0."""
     warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0 to its peak (0: `warmup_ratio` decides)."""
     max_grad_norm: float = 1.0
     """Global norm to which gradients are clipped (0: off)."""
 
     def __post_init__(self):
-        _require(self.learning_rate >= 0, f"optim.learning_rate is {self.learning_rate}; it must not be negative")
+        for name in ("learning_rate", "projector_learning_rate", "weight_decay", "eps"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"optim.{name} is {value}; it must be a number and not negative")
+        for name in ("b1", "b2"):
+            _require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        _require(0 <= self.final_fraction <= 1, f"optim.final_fraction is {self.final_fraction}; it must be in [0, 1]")
         _require(0 <= self.warmup_ratio < 1, f"optim.warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
         _require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must not be negative")
         _require(self.max_grad_norm >= 0, f"optim.max_grad_norm is {self.max_grad_norm}; it must not be negative (0: off)")
@@ -292,6 +302,7 @@ class DataConfig:
     pack: bool = False
     """Put several samples into one row where they fit; they never see each other."""
     shuffle: bool = True
+    """Another order in each epoch, from `train.seed`; otherwise that of the file."""
     group_by_modality_length: bool = False
     """Batches of similar length and of one modality, as LLaVA's sampler makes them."""
     template: str = "llama3"
@@ -311,6 +322,8 @@ class DataConfig:
         ordered = len(self.buckets) > 0 and list(self.buckets) == sorted(set(self.buckets)) and self.buckets[0] > 0
         _require(ordered, f"data.buckets is {self.buckets}; give at least one length, ascending")
         _require(self.supervised >= 1, f"data.supervised is {self.supervised}; it must be at least 1")
+        for name in ("threads", "prefetch"):
+            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -403,6 +416,8 @@ def to_json(config: Any) -> str:
 
 def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     """The inverse of `to_dict`. Unknown and missing names are errors that say where."""
+    place = where.rstrip(".") or cls.__name__
+    _require(isinstance(values, dict), f"config {place} is {values!r}; its fields by name are needed")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     _require(not unknown, f"unknown config fields {', '.join(where + name for name in unknown)}")

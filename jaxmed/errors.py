@@ -26,5 +26,5 @@ class BadRecords(UserError):
     def __init__(self, problems: list[Problem]):
         self.problems = problems
         lines = "\n".join(f"  {p}" for p in problems)
-        count = f"{len(problems)} record{'s' if len(problems) != 1 else ''}"
-        super().__init__(f"{count} cannot be used; mend them, or pass --on-bad-record skip to go on without them:\n{lines}")
+        count, them = (f"{len(problems)} records", "them") if len(problems) != 1 else ("1 record", "it")
+        super().__init__(f"{count} cannot be used; mend {them}, or pass --on-bad-record skip to go on without {them}:\n{lines}")

@@ -38,8 +38,13 @@ def upstream_sources(experiment: Experiment) -> tuple[list[Row], list[TensorFold
     names = canonical_names(tensors.names(), folder)
     has_lora = any(".lora_A." in name for name in names)
     has_projector = any(name.startswith(PROJECTOR) for name in names)
+    kind, projector = detect(folder), projector_rows(experiment.visual, experiment.model.projector)
+    if not has_lora and kind in ("llava_lora", "peft"):
+        raise UserError(f"{folder}: holds no LoRA weights; put its adapter_model.safetensors (or .bin) back there")
+    if not has_projector and kind == "llava_lora" and projector:
+        raise UserError(f"{folder}: holds no projector; put its non_lora_trainables.bin back there")
     rows = lora_rows(experiment.lora, experiment.model.decoder.layers) if has_lora else []
-    rows += projector_rows(experiment.visual, experiment.model.projector) if has_projector else []
+    rows += projector if has_projector else []
     if has_lora and not experiment.lora.rank:
         raise UserError(f"{folder}: holds LoRA weights and lora.rank is 0; leave --lora.rank out, and the folder decides")
 

@@ -7,6 +7,8 @@ import io
 import pkgutil
 import re
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,28 @@ def find_config(name_or_path: str) -> Any:
         raise UserError(f"no config {name_or_path!r}: give the path of a .py file, or one of {', '.join(shipped_configs())}")
     spec = importlib.util.spec_from_file_location(f"_jaxmed_user_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    _in_file(path, lambda: spec.loader.exec_module(module))
     if not hasattr(module, "get_config"):
         raise UserError(f"{path} has no get_config(); define one that returns a jaxmed.config.Experiment")
     return module
 
 
+def _in_file(path: Path, call: Callable[[], Any]) -> Any:
+    """The result of code of a person's own config file; whatever it raises is told by its line there."""
+    try:
+        return call()
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) and error.filename == str(path) else (lines or [0])[-1]
+        text = error.msg if isinstance(error, SyntaxError) else error
+        raise UserError(f"{path}: line {line}: {type(error).__name__}: {text}; mend the config file") from error
+
+
 def load_experiment(name_or_path: str) -> Experiment:
     """The Experiment of a shipped config or of a Python file, before any flag."""
-    experiment = find_config(name_or_path).get_config()
+    experiment = _in_file(Path(name_or_path), find_config(name_or_path).get_config)
     if not isinstance(experiment, Experiment):
         raise UserError(f"get_config() of {name_or_path} returned {type(experiment).__name__}, not a jaxmed.config.Experiment")
     return experiment
@@ -51,7 +66,8 @@ def split_config(argv: list[str], command: str) -> tuple[str, list[str]]:
         return argv[0], argv[1:]
     if any(a in ("-h", "--help") for a in argv):
         return "btb3d", argv
-    raise UserError(f"jaxmed {command} needs a config first: {', '.join(shipped_configs())}, or the path of a .py file")
+    known = ", ".join(shipped_configs())
+    raise UserError(f"give a config first: {known}, or the path of a .py file; see jaxmed {command} --help")
 
 
 def parse(cls: type, argv: list[str], *, prog: str, description: str, default: Any = None) -> Any:
@@ -81,11 +97,22 @@ def _canonical(argument: str) -> str:
 
 
 def _one_line(box: str) -> str:
-    """The words of tyro's box without its frame."""
+    """What tyro's box says, without its frame, title and help texts: the complaint and the flags that come near."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│┃|╭╮╰╯─━ ") for line in plain.splitlines()]
-    text = " ".join(line for line in lines if line and "For full helptext" not in line and "Parsing error" not in line)
-    return re.sub(r"\s+", " ", text) or "the flags could not be understood"
+    sections: list[list[str]] = [[]]
+    for line in (line.strip("│┃|╭╮╰╯ ") for line in plain.splitlines()):
+        if line and not line.strip("-─━"):
+            sections.append([])
+        elif line:
+            sections[-1].append(line)
+    _title, complaint, *others = [*sections, []] if len(sections) < 2 else sections
+    if complaint and complaint[0].startswith("Missing from"):
+        complaint = ["Missing", *complaint[1:]]
+    text = re.sub(r"^Error parsing (?:(?!--)\S+: )?", "", " ".join(complaint)) or "the flags could not be understood"
+    hints = [section for section in others if section and section[0].startswith(("Perhaps you meant", "Arguments similar"))]
+    near = [line.split()[0].rstrip(",") for section in hints for line in section if line.startswith("--")]
+    text += f" (perhaps you meant {', '.join(near)})" if near else ""
+    return text[0].lower() + text[1:]
 
 
 def notice(text: str) -> None:
@@ -108,3 +135,20 @@ def settings(pairs: tuple[str, ...]) -> dict[str, str]:
     if wrong:
         raise UserError(f"--set {wrong[0]}: give KEY=VALUE, such as lora.alpha=12")
     return dict(pair.split("=", 1) for pair in pairs)
+
+
+def long_forms(argv: list[str]) -> list[str]:
+    """The flags that all commands share, as names of fields, for commands that take a config."""
+    flags: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name in ("--on-bad-record", "--on_bad_record"):
+            flags.append(f"--data.on-bad-record{equals}{value}")
+        elif name == "--set":
+            pair = value if equals else next(rest, "at the end of the line")
+            settings((pair,))
+            flags.append(f"--{pair}")
+        else:
+            flags.append(argument)
+    return flags

@@ -23,6 +23,8 @@ from jaxmed.report import evaluation
 
 HELP = "Score generated reports against the references; writes scores.json, scores.csv and report.html"
 
+SKIPPED = "skipped.jsonl"
+
 
 @dataclass(frozen=True)
 class Args:
@@ -43,7 +45,7 @@ class Args:
     hu: Override = "auto"
     """Which rule gives the slices' Hounsfield units"""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """A record that cannot be used: stop and list them all, or go on without"""
+    """A record that cannot be used: stop and list them all, or go on without (listed in OUT/skipped.jsonl)"""
     resamples: int = scoring.RESAMPLES
     """Resamples of the studies behind the 95% intervals"""
     seed: int = 0
@@ -82,7 +84,8 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
         raise BadRecords(problems)
     studies, notices = pairing.pair(pairing.read_answers(args.answers), records, args.answers)
     if problems:
-        notices.append(f"{len(problems)} records cannot be used and were skipped; the first: {problems[0]}")
+        count = f"{len(problems)} record{'s' if problems[1:] else ''}"
+        notices.append(f"{count} cannot be used, {Path(args.out) / SKIPPED} says which and why; the first: {problems[0]}")
     control, kind = _control(args, studies, notices)
     if not text.meteor_available():
         notices.append("METEOR is left out: nltk's WordNet is not installed here, and nothing is downloaded.")
@@ -92,6 +95,9 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
         out.mkdir(parents=True, exist_ok=True)
         scoring.write_json(out / "scores.json", scores)
         scoring.write_csv(out / "scores.csv", studies, scores)
+        if problems:
+            rows = (json.dumps({"where": problem.where, "what": problem.what}) + "\n" for problem in problems)
+            (out / SKIPPED).write_text("".join(rows), encoding="utf-8")
         facts = [("Studies", f"{len(studies):,}"), ("Answers", args.answers), ("Records", args.records)]
         facts += [("Control", f"{args.control}{f' ({kind})' if kind else ''}")] if args.control else []
         options = evaluation.PageOptions(args.volumes, args.metadata, args.hu, args.page)

@@ -163,7 +163,8 @@ def _report(args: Args, problems: list, complete: bool) -> None:
         path = f"{args.out}.skipped.jsonl"
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(json.dumps({"where": p.where, "what": p.what}) + "\n" for p in problems)
-        common.notice(f"{len(problems)} records were skipped; {path} lists them")
+        skipped = len({problem.where for problem in problems})
+        common.notice(f"{skipped} record{'s were' if skipped != 1 else ' was'} skipped; {path} says which and why")
     if complete:
         print(args.out)
     else:

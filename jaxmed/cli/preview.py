@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -96,9 +97,13 @@ def run(argv: list[str]) -> int:
     config, flags = common.split_config(argv, "preview")
     experiment = common.load_experiment(config)
     known = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(Experiment)}
-    args = common.parse(Args, flags, prog=f"jaxmed preview {config}", description=HELP, default=Args(**known))
+    args = common.parse(
+        Args, common.long_forms(flags), prog=f"jaxmed preview {config}", description=HELP, default=Args(**known)
+    )
     if not args.data.records:
         raise UserError("preview needs records: give --data.records FILE.json")
+    if args.data.embeddings and not os.path.isdir(args.data.embeddings):
+        raise UserError(f"--data.embeddings {args.data.embeddings}: no such folder")
     wanted = parse_rows(args.rows)
     if args.random < 0:
         raise UserError(f"--random is {args.random}; it must not be negative")

@@ -32,7 +32,7 @@ class Args:
 
 def run(argv: list[str]) -> int:
     config, flags = common.split_config(argv, "train")
-    flags = long_forms(flags)
+    flags = common.long_forms(flags)
     if not any(f in ("-h", "--help") or f.partition("=")[0] == "--out" for f in flags):
         raise UserError("no --out: give the folder of the run (a new one, or the one to go on with)")
     default = Args(common.load_experiment(config), out=tyro.MISSING)
@@ -53,18 +53,3 @@ def train(args: Args, given: frozenset[str]) -> None:
     for text in notices:
         say(text)
     fit(experiment, args.out)
-
-
-def long_forms(argv: list[str]) -> list[str]:
-    """The flags that all commands share, as names of fields."""
-    flags: list[str] = []
-    rest = iter(argv)
-    for argument in rest:
-        name, equals, value = argument.partition("=")
-        if name in ("--on-bad-record", "--on_bad_record"):
-            flags.append(f"--data.on-bad-record{equals}{value}")
-        elif name == "--set":
-            flags.append("--" + (value if equals else next(rest, "")))
-        else:
-            flags.append(argument)
-    return flags

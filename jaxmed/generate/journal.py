@@ -39,8 +39,8 @@ class Journal:
         if os.path.exists(path):
             try:
                 with open(path, encoding="utf-8") as file:
-                    found = json.load(file)
-            except (OSError, ValueError) as error:
+                    found = dict(json.load(file))
+            except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); remove it and {self.folder} to start afresh") from error
             differ = sorted(k for k in self.header.keys() | found.keys() if self.header.get(k) != found.get(k))
             if differ:

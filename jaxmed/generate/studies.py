@@ -85,6 +85,7 @@ def check_records(
     records: Sequence[Record], problems: list[Problem], request: Request, model: Model, skip: bool
 ) -> tuple[list[Record], list[Problem]]:
     """All that can be found before the first answer: files, headers, turns. Raises BadRecords unless `skip`."""
+    check_template(request.template, model.tokenizer)
     visual, good, found = model.experiment.visual, [], list(problems)
     headers: dict[str, str] = {}
     names: dict[str, int] = {}
@@ -96,7 +97,7 @@ def check_records(
             faults.append(f"has the id of record {names[record.id]}; ids must differ, results are kept by them")
         names.setdefault(record.id, record.row)
         if record.images and visual.kind == "none":
-            faults.append("has an image, and this model reads none")
+            faults.append("has an image, and this model reads none; give the folder of a run or of an adapter that does")
         elif record.images and not request.embeddings:
             faults.append("has an image; give the folder of its token file with --embeddings")
         else:
@@ -113,6 +114,8 @@ def check_records(
         raise BadRecords(found)
     if not good:
         raise UserError(f"{request.records}: no record is left to write a report for")
+    if request.control == "shuffled":
+        exchanged(good, request.sampling.seed)  # refuses records that cannot be
     return good, found
 
 
@@ -130,7 +133,6 @@ class Writer:
     """Writes the answers of this process's share of the studies."""
 
     def __init__(self, model: Model, request: Request, batch: int):
-        check_template(request.template, model.tokenizer)
         self.model, self.request = model, request
         self.scheduler = model.scheduler(batch, request.sampling, request.max_new_tokens)
         self.answers: dict[str, list[dict[str, Any]]] = {}

@@ -33,7 +33,10 @@ def open_run(out: str, experiment: Experiment) -> None:
             _check_same(out, before, experiment)
     barrier("config compared")
     if is_first():
-        os.makedirs(out, exist_ok=True)
+        try:
+            os.makedirs(out, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: the folder cannot be made ({error.strerror}); give another one") from error
         replace_file(path, to_json(experiment))
     barrier("config written")
 
@@ -81,10 +84,11 @@ class Skipped:
         self._lines = JsonLines(path)
 
     def add(self, problem: Problem, step: int) -> bool:
-        """Whether the record is new on the list."""
+        """Lists a record once, however many epochs it is left out of; whether it is new."""
         new = problem.where not in self._where
-        self._where.add(problem.where)
-        self._lines.add(_row(problem, step))
+        if new:
+            self._where.add(problem.where)
+            self._lines.add(_row(problem, step))
         return new
 
     @property

@@ -166,7 +166,7 @@ class Run:
             "data": sources.fingerprint,
         }
         self.writer = Writer(out, begin, total) if is_first() else Silent()
-        self.skipped = Skipped(out, sources.train.problems + sources.train.voided, begin)
+        self.skipped = Skipped(out, sources.left_out, begin)
         if self.skipped.count:
             self.writer.say(f"{left_out(self.skipped.count)}: {self.skipped.path}")
         self.since, self.number = Window(), begin

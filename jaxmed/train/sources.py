@@ -9,7 +9,7 @@ from jaxmed.data.dataset import Dataset, scan
 from jaxmed.data.plan import Plan
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.distributed import barrier, is_first, say
-from jaxmed.errors import UserError
+from jaxmed.errors import BadRecords, Problem, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +21,17 @@ class Sources:
     fingerprint: str
     """Of the samples and their sizes, on which the order of the data depends"""
 
+    @property
+    def left_out(self) -> tuple[Problem, ...]:
+        """Records of both files that were skipped or have nothing supervised."""
+        sets = (self.train, self.held_out) if self.held_out else (self.train,)
+        return tuple(problem for dataset in sets for problem in dataset.problems + dataset.voided)
+
 
 def open_data(experiment: Experiment, out: str) -> Sources:
     """Tokenizer (copied into the run) and data sets."""
-    data = experiment.data
     tokenizer = open_tokenizer(experiment)
-    train = scan(experiment, tokenizer, data.records)
-    # tokens of two encoders never mix, held-out ones included
-    same_encoder = dataclasses.replace(experiment, visual=dataclasses.replace(experiment.visual, encoder=train.encoder))
-    held_out = scan(same_encoder, tokenizer, data.eval_records) if data.eval_records else None
+    train, held_out = _scan_both(experiment, tokenizer)
     for text in dict.fromkeys(train.notices + (held_out.notices if held_out else ())):
         say(text)
     digest = hashlib.sha256(repr([(s.record.id, s.size) for s in train.samples]).encode()).hexdigest()
@@ -39,6 +41,24 @@ def open_data(experiment: Experiment, out: str) -> Sources:
         os.replace(f"{folder}.part", folder)
     barrier("tokenizer saved")
     return Sources(tokenizer, train, train.plan(), held_out, digest)
+
+
+def _scan_both(experiment: Experiment, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out records; what is wrong with either is one list."""
+    data, problems = experiment.data, []
+    try:
+        train = scan(experiment, tokenizer, data.records)
+        # tokens of two encoders never mix, held-out ones included
+        experiment = dataclasses.replace(experiment, visual=dataclasses.replace(experiment.visual, encoder=train.encoder))
+    except BadRecords as error:
+        problems += error.problems
+    try:
+        held_out = scan(experiment, tokenizer, data.eval_records) if data.eval_records else None
+    except BadRecords as error:
+        problems += error.problems
+    if problems:
+        raise BadRecords(problems)
+    return train, held_out
 
 
 def open_tokenizer(experiment: Experiment) -> Tokenizer:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jaxmed._configs import btb3d, btb3d_8x8x8
-from jaxmed.cli import main, train
+from jaxmed.cli import common, main
 from jaxmed.cli.validate import given_flags, resolve
 from jaxmed.config import Experiment
 from jaxmed.errors import UserError
@@ -91,7 +91,7 @@ def test_flags_become_names_of_fields() -> None:
 
 def test_short_forms() -> None:
     flags = ["--on-bad-record", "skip", "--set", "lora.alpha=12", "--set=lora.rank=3", "--out", "x"]
-    assert train.long_forms(flags) == [
+    assert common.long_forms(flags) == [
         "--data.on-bad-record",
         "skip",
         "--lora.alpha=12",
@@ -120,7 +120,7 @@ def test_help_is_complete_and_grouped(capsys: pytest.CaptureFixture, monkeypatch
     [
         (["btb3d"], "no --out"),
         (["nothing", "--out", "x"], "no config 'nothing'"),
-        (["--out", "x"], "needs a config first"),
+        (["--out", "x"], "give a config first"),
         (["btb3d", "--out", "x", "--lora.rank", "-3"], "lora.rank is -3"),
         (["btb3d", "--out", "x", "--lora.rnk", "3"], "lora.rnk"),
     ],
