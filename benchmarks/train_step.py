@@ -52,7 +52,7 @@ def peer(folder: str, args: argparse.Namespace):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
