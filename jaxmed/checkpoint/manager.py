@@ -140,7 +140,13 @@ def restore_trainable(run: str, step: int, abstract: Any) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: cannot be read ({(str(error).splitlines() or [''])[0][:300]})") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    first_line = (str(error).splitlines() or [type(error).__name__])[0][:300]
+    folder = os.path.dirname(path)
+    return UserError(f"{path}: cannot be read ({first_line}); copy it again, or move {folder} away: the one before is taken")
 
 
 def restore_part(run: str, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +160,7 @@ def restore_part(run: str, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         try:
             return reader.restore(path, args=args)
         except Exception as error:
-            raise UserError(f"{path}: cannot be read ({(str(error).splitlines() or [''])[0][:300]})") from error
+            raise _unreadable(path, error) from error
 
 
 def trainable_shapes(run: str, step: int) -> dict[str, tuple[int, ...]]:
@@ -164,7 +170,7 @@ def trainable_shapes(run: str, step: int) -> dict[str, tuple[int, ...]]:
         try:
             return _shapes(reader, path)
         except Exception as error:
-            raise UserError(f"{path}: cannot be read ({(str(error).splitlines() or [''])[0][:300]})") from error
+            raise _unreadable(path, error) from error
 
 
 def _shapes(reader: ocp.StandardCheckpointer, path: str) -> dict[str, tuple[int, ...]]:

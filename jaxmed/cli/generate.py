@@ -115,11 +115,10 @@ def run(argv: list[str]) -> int:
     skip = args.on_bad_record == "skip"
     usable, problems = check_records(records, problems, request, model, skip)
     journal = Journal(args.out, request.header(model), args.process)
-    missing = [record for record in usable if record.id not in journal.done]
-    share = missing[args.process :: args.processes]
-    common.notice(
-        f"{args.out}: {len(usable) - len(missing)} of {len(usable)} studies are done, {len(share)} are this process's"
-    )
+    # shares of all studies, not of the missing ones: another process may have begun a while ago
+    share = [record for record in usable[args.process :: args.processes] if record.id not in journal.done]
+    done = sum(record.id in journal.done for record in usable)
+    common.notice(f"{args.out}: {done} of {len(usable)} studies are done, {len(share)} are this process's")
     try:
         if share:
             writer = Writer(model, request, args.batch)

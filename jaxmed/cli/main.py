@@ -3,7 +3,9 @@
 import glob
 import importlib.util
 import os
+import signal
 import sys
+import threading
 
 import jaxmed
 from jaxmed.errors import UserError
@@ -26,7 +28,17 @@ def overview() -> str:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     skip_absent_tpu()
+    sys.unraisablehook = send_again
     sys.exit(run(argv))
+
+
+def send_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Python drops what is raised within finalizers and callbacks of its garbage collector, of which JAX has one that runs
+    often: a Ctrl-C that arrives there is sent again a moment later."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def skip_absent_tpu() -> None:

@@ -3,12 +3,16 @@
 import itertools
 import json
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from jaxmed.checkpoint import manager
 from jaxmed.cli import main
+from jaxmed.errors import UserError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "btb3d"
 BASE, EMBEDDINGS, RECORDS = (str(GOLDEN / name) for name in ("base", "embeddings", "records_batch.json"))
@@ -196,3 +200,21 @@ def test_a_damaged_config_of_a_run_is_told(told: Told, tmp_path: Path) -> None:
     (run / "config.json").write_text('{"model": 3, "visual": {}, "train": {}}')
     [line] = told(*generation(run, tmp_path / "x_vqa.json"))
     assert f"{run}/config.json: cannot be read as the config of a run (config model is 3" in line
+
+
+def test_a_damaged_checkpoint_is_told_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "7" / "trainable").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"trainable: cannot be read .*; .* move {tmp_path}/checkpoints/7 away"):
+        manager.trainable_shapes(str(tmp_path), 7)
+
+
+class Interrupted:
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_that_python_drops_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", main.send_again)
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted()
+        time.sleep(5)

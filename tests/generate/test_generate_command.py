@@ -194,3 +194,13 @@ def test_a_file_of_someone_else_is_not_overwritten(tmp_path):
 def test_unusable_flags_get_one_line(flags, words, tmp_path):
     with pytest.raises(UserError, match=words):
         command.run(arguments("zero2", tmp_path / "x_vqa.json", *flags))
+
+
+def test_processes_that_begin_one_after_the_other_leave_no_gap(tmp_path):
+    """The second one finds what the first has finished; its own share must not shift by that."""
+    out, asked = tmp_path / "x_vqa.json", json.loads((GOLDEN / "records.json").read_text())
+    for process in ("0", "1"):
+        assert jaxmed(["generate", *arguments("zero2", out, "--process", process, "--processes", "2")]) == 0
+    assert [study["conversations_out"][0]["id"] for study in json.loads(out.read_text())] == [r["id"] for r in asked]
+    done = [len((tmp_path / "x_vqa.json.parts" / f"{process}.jsonl").read_text().splitlines()) for process in (0, 1)]
+    assert done == [2, 2]
