@@ -20,6 +20,7 @@ from jaxmed.checkpoint.hf_io import base_fingerprint
 from jaxmed.data.conversation import check_template
 from jaxmed.data.embeddings import encoder_problem, header_problem, load_tokens, npz_name, npz_path, read_header
 from jaxmed.data.records import Record, where
+from jaxmed.data.tokenizer import IMAGE_ID
 from jaxmed.errors import BadRecords, Problem, UserError
 from jaxmed.generate.control import controlled, exchanged
 from jaxmed.generate.journal import Journal, write_json
@@ -195,7 +196,9 @@ class Writer:
         questions = _questions(record)
         turns = [*self.history[record.id], ("human", questions[turn])]
         ids = self.model.prompt_ids(turns, self.request.template)
-        prompt = Prompt(ids, self.images[record.id])
+        # an image whose place comes in a later turn is not shown before it
+        shown = int((ids == IMAGE_ID).sum())
+        prompt = Prompt(ids, self.images[record.id][:shown])
         check(prompt, self.model.experiment, f"turn {turn + 1}")
         self.scheduler.add(Task(record.id, prompt, record.id, turn))
 

@@ -148,7 +148,10 @@ def test_prompts_of_the_original_system(name, run, keep):
 
 def test_an_answer_loses_its_final_end_tokens_only():
     tokenizer = adapter()
-    strip = lambda text: strip_terminal(text, tokenizer, "llama3")  # noqa: E731
+
+    def strip(text: str) -> str:
+        return strip_terminal(text, tokenizer, "llama3")
+
     assert strip(" A <|eot_id|> B . <|end_of_text|> <|eom_id|>\n<|eot_id|> ") == "A <|eot_id|> B ."
     assert strip("<|eot_id|>") == ""
     assert strip("A <|start_header_id|>") == "A <|start_header_id|>"

@@ -134,6 +134,27 @@ def test_a_wrong_image_changes_answers(kind, tmp_path):
     assert any(ours["token_ids"] != theirs["token_ids"] for ours, theirs in pairs)
 
 
+def test_an_image_is_shown_from_its_turn_on(tmp_path):
+    """The first question has no `<image>`: it is answered as upstream answers it, from the text alone."""
+    record = {
+        "id": "late",
+        "image": "valid_21_a_2.nii.gz",
+        "conversations": [
+            {"from": "human", "value": "What is a hernia?"},
+            {"from": "gpt", "value": ""},
+            {"from": "human", "value": "<image>\nAnd here?"},
+        ],
+    }
+    text = {"id": "text", "conversations": record["conversations"][:1]}
+    (tmp_path / "records.json").write_text(json.dumps([record, text]))
+    args = arguments("zero2", tmp_path / "x_vqa.json")
+    args[args.index("--records") + 1] = str(tmp_path / "records.json")
+    assert jaxmed(["generate", *args]) == 0
+    first, second, alone = rows(tmp_path / "x_vqa.json")
+    assert first["token_ids"] == alone["token_ids"]
+    assert second["token_ids"] != first["token_ids"]
+
+
 def test_exchanged_images_are_never_ones_own():
     records, _ = load_records(str(GOLDEN / "records.json"))
     for seed in range(20):

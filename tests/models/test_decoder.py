@@ -45,7 +45,10 @@ def build(config=CONFIG, added=ADDED, split=False):
     """-> graphdef, random weights as a nested dict of numpy arrays: B of the adapters is not zero."""
     graphdef, state = nnx.split(jax.eval_shape(lambda: Decoder(config, LORA, added, jax.random.key(2), split)))
     rng = np.random.default_rng(4)
-    draw = lambda x: (0.4 * rng.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
+
+    def draw(x):
+        return (0.4 * rng.standard_normal(x.shape)).astype(np.float32)
+
     return graphdef, jax.tree.map(draw, nnx.to_pure_dict(state))
 
 

@@ -66,7 +66,10 @@ def build(made: Experiment):
     """-> graphdef, random weights (the same for the same experiment and for those without more parameters)."""
     graphdef, state = nnx.split(jax.eval_shape(lambda: Vlm(made, jax.random.key(0), split=False)))
     rng = np.random.default_rng(6)
-    draw = lambda x: (0.4 * rng.standard_normal(x.shape)).astype(np.float32)  # noqa: E731
+
+    def draw(x):
+        return (0.4 * rng.standard_normal(x.shape)).astype(np.float32)
+
     return graphdef, jax.tree.map(draw, nnx.to_pure_dict(state))
 
 
@@ -146,7 +149,10 @@ def test_statistics_and_positions_go_by_the_token_within_its_image():
         for t, i in enumerate(INDEX[1]):
             if i >= 0:
                 np.testing.assert_allclose(merged[1, t], wanted[1, i], atol=2e-5)
-        loss = lambda p: jnp.sum(nnx.merge(graphdef, p).embed(batch, RULES) ** 2)  # noqa: E731
+
+        def loss(p):
+            return jnp.sum(nnx.merge(graphdef, p).embed(batch, RULES) ** 2)
+
         grads = jax.jit(jax.grad(loss))(params)["projector"]
     assert not np.any(grads["norm_mean"]) and not np.any(grads["norm_sd"]) and np.any(grads["positions"])
 

@@ -21,8 +21,13 @@ LENGTH = 31
 def rows() -> list[Row]:
     """One image in the middle, two of unlike size next to each other, none, one at the end."""
     rng = np.random.default_rng(17)
-    words = lambda n: rng.integers(0, 100, n).tolist()  # noqa: E731
-    image = lambda n: rng.standard_normal((n, FEATURES)).astype(np.float32)  # noqa: E731
+
+    def words(n):
+        return rng.integers(0, 100, n).tolist()
+
+    def image(n):
+        return rng.standard_normal((n, FEATURES)).astype(np.float32)
+
     pieces = [
         ([*words(4), -200, *words(9)], (image(9),)),
         ([-200, -200, *words(6), *words(2)], (image(4), image(9))),
