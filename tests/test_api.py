@@ -66,6 +66,17 @@ def test_what_is_generated_does_not_depend_on_the_batch(model):
     assert together[0].text == "Normal.", "no end token in the text"
 
 
+def test_the_default_dtype_generates_too():
+    """bfloat16, where several rows are decoded together and where one is alone."""
+    half = jaxmed.load(ADAPTER, base=BASE, mesh=one_device())
+    assert half.experiment.model.dtype == "bfloat16"
+    together = half.generate([IMAGE, None], [QUESTION, "What is a hernia?"], max_new_tokens=6)
+    alone = half.generate([IMAGE], [QUESTION], max_new_tokens=6, batch=1)
+    assert together[0].text == alone[0].text == "Normal."
+    records = json.loads((GOLDEN / "records_batch.json").read_text())
+    assert half.loss(records, embeddings=str(GOLDEN / "embeddings")).loss == pytest.approx(7.455, rel=0.02)
+
+
 def test_a_mesh_changes_nothing(model):
     wide = jaxmed.load(ADAPTER, base=BASE, mesh=make_mesh(MeshConfig(data=4), jax.devices()[:4]), dtype="float32")
     for ours, theirs in zip(wide.logits([IMAGE], [QUESTION]), model.logits([IMAGE], [QUESTION]), strict=True):

@@ -272,13 +272,16 @@ def cached_attention(
         if rules.kv_heads != rules.heads:
             k, v = (own_kv_heads(x, q.shape[2], axis=1) for x in (k, v))
         batch, length, heads, width = q.shape
-        grouped = q.reshape(batch, length, k.shape[1], -1, width)
+        # heads of a group and queries on one axis: XLA's CPU lacks some bfloat16 products of five axes
+        kv_heads = k.shape[1]
+        grouped = q.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
         allowed = mask(position_q, position_k, jnp.ones_like(position_q), valid.astype(jnp.int32))[:, None, None]
-        scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
-        scores = jnp.where(allowed, scores, NEGATIVE)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bkgts,bksh->btkgh", weights, v, preferred_element_type=jnp.float32)
-        return out.astype(q.dtype).reshape(batch, length, heads, width)
+        scores = jnp.einsum("bknh,bksh->bkns", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+        scores = jnp.where(allowed, scores.reshape(batch, kv_heads, -1, length, k.shape[2]), NEGATIVE)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, -1, k.shape[2])
+        out = jnp.einsum("bkns,bksh->bknh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+        out = out.reshape(batch, kv_heads, -1, length, width).transpose(0, 3, 1, 2, 4)
+        return out.reshape(batch, length, heads, width)
 
     q_spec, kv_spec = rules.spec("batch", None, "heads", None), rules.spec("batch", "kv_heads", None, None)
     row = rules.spec("batch", None)

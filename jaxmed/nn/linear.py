@@ -88,7 +88,7 @@ def product(x: jax.Array, weight: jax.Array, rules: Rules, axes: Axes, dtype: jn
         y = jnp.einsum("oi,ib->ob", weight, columns, out_sharding=spec, preferred_element_type=dtype)
         return jax.lax.optimization_barrier(y).T[:, None]
 
-    if x.shape[1] == 1 and x.shape[0] > 1:  # a decode step
+    if x.shape[1] == 1 and x.shape[0] > 1 and x.dtype == jnp.float32:  # a decode step; XLA's CPU has no such bfloat16 product
         return jax.lax.platform_dependent(x, weight, cpu=few_rows, default=plain)
     return plain(x, weight)
 
