@@ -440,18 +440,21 @@ def from_json(cls: type, text: str) -> Any:
     return from_dict(cls, json.loads(text))
 
 
-def replace_field(config: Any, name: str, value: Any) -> Any:
-    """`config` with the dotted field `name`, such as `lora.alpha`, set to `value` (text is read as the field's type)."""
+def replace_field(config: Any, name: str, value: Any, above: str = "") -> Any:
+    """`config` with the dotted field `name`, such as `lora.alpha`, set to `value` (text is read as the field's type).
+
+    `above`: what stands before `name` in messages.
+    """
     first, _, rest = name.partition(".")
     fields = typing.get_type_hints(type(config))
-    _require(first in fields, f"no config field {name!r}; {type(config).__name__} has {', '.join(fields)}")
+    _require(first in fields, f"no config field {above + name!r}; {type(config).__name__} has {', '.join(fields)}")
     current = getattr(config, first)
     if rest:
-        _require(dataclasses.is_dataclass(current), f"config field {first!r} has no field {rest!r}")
-        return dataclasses.replace(config, **{first: replace_field(current, rest, value)})
+        _require(dataclasses.is_dataclass(current), f"config field {above + first!r} has no field {rest!r}")
+        return dataclasses.replace(config, **{first: replace_field(current, rest, value, f"{above}{first}.")})
     if isinstance(value, str) and isinstance(current, int | float):
         try:
             value = value == "true" if isinstance(current, bool) else type(current)(value)
         except ValueError as error:
-            raise ConfigError(f"{name} is {value!r}; a number is needed") from error
+            raise ConfigError(f"{above}{name} is {value!r}; a number is needed") from error
     return dataclasses.replace(config, **{first: tuple(value) if isinstance(current, tuple) else value})

@@ -132,17 +132,6 @@ def read_meta(folder: str, step: int) -> dict[str, Any]:
         return json.load(file)
 
 
-def restore_trainable(run: str, step: int, abstract: Any) -> Any:
-    """The trainable half of a checkpoint as the tree `abstract` (ShapeDtypeStructs with shardings): all of it, nothing more."""
-    path = os.path.abspath(os.path.join(run, FOLDER, str(step), "trainable"))
-    try:
-        return restore_named(path, abstract)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unreadable(path, error) from error
-
-
 def _unreadable(path: str, error: Exception) -> UserError:
     first_line = (str(error).splitlines() or [type(error).__name__])[0][:300]
     folder = os.path.dirname(path)
