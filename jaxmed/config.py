@@ -11,127 +11,61 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxmed.errors import UserError
+from jaxmed.model_config import (
+    AggregatorConfig,
+    ConfigError,
+    DecoderConfig,
+    FusionConfig,
+    ProjectorConfig,
+    RopeConfig,
+    TextEncoderConfig,
+    TowerConfig,
+    require,
+)
+
+__all__ = [
+    "AggregatorConfig",
+    "ConfigError",
+    "DataConfig",
+    "DecoderConfig",
+    "DistributedConfig",
+    "EncodeConfig",
+    "Experiment",
+    "FusionConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PixelConfig",
+    "ProjectorConfig",
+    "RopeConfig",
+    "TextEncoderConfig",
+    "TowerConfig",
+    "TrainConfig",
+    "VisualConfig",
+    "from_dict",
+    "from_json",
+    "replace_field",
+    "to_dict",
+    "to_json",
+]
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-class ConfigError(UserError, ValueError):
-    """A configuration value that cannot be used. The message names the field and the fix."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding; angles are computed in float32."""
-
-    theta: float
-    """Base of the geometric sequence of wavelengths."""
-    scaling: Literal["none", "llama3"] = "none"
-    """`llama3`: wavelengths beyond `original_positions / low_freq_factor` are stretched by `factor` (Llama 3.1 and later)."""
-    factor: float = 8.0
-    """Stretch of the longest wavelengths (llama3 scaling alone)."""
-    low_freq_factor: float = 1.0
-    """Wavelengths above original_positions / low_freq_factor are stretched in full (llama3 scaling alone)."""
-    high_freq_factor: float = 4.0
-    """Wavelengths below original_positions / high_freq_factor stay as they are (llama3 scaling alone)."""
-    original_positions: int = 8192
-    """Context length of the pretraining before scaling (llama3 scaling alone)."""
-
-    def __post_init__(self):
-        _require(self.theta > 1, f"rope.theta is {self.theta}; it must be above 1")
-        if self.scaling == "llama3":
-            ordered = 0 < self.low_freq_factor < self.high_freq_factor
-            _require(ordered, "rope: llama3 scaling needs 0 < low_freq_factor < high_freq_factor")
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """A LLaMA-family decoder. With `--model.base DIR` the folder's config.json fills every field here."""
-
-    vocab: int
-    """Rows of the embedding table as the base has them, without added tokens or padding."""
-    width: int
-    """Width of the residual stream (D)."""
-    layers: int
-    """Number of blocks (L)."""
-    heads: int
-    """Query heads (Q)."""
-    kv_heads: int
-    """Key and value heads (K); must divide the query heads."""
-    head_dim: int
-    """Width of one head (H)."""
-    mlp: int
-    """Hidden width of the gated MLP (F)."""
-    norm_eps: float
-    """Epsilon of every RMSNorm."""
-    rope: RopeConfig
-    max_positions: int
-    """Longest sequence the base was made for."""
-    tied: bool = False
-    """Whether the head reads the embedding table."""
-    qkv_bias: bool = False
-    """Whether the q, k and v projections have a bias."""
-    window: int = 0
-    """Sliding-window attention: a query sees the last `window` positions (0: all)."""
-    initializer_range: float = 0.02
-    """Standard deviation of freshly initialised weights."""
-
-    def __post_init__(self):
-        for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp"):
-            _require(getattr(self, name) > 0, f"decoder.{name} is {getattr(self, name)}; it must be at least 1")
-        divides = self.heads % self.kv_heads == 0
-        _require(divides, f"decoder.kv_heads is {self.kv_heads}, which does not divide decoder.heads {self.heads}")
-        _require(self.head_dim % 2 == 0, f"decoder.head_dim is {self.head_dim}; rotary embeddings need an even one")
-
-
-@dataclass(frozen=True)
-class ProjectorConfig:
-    """From image features to the decoder's width."""
-
-    kind: str = "attn_pool+mlp2x_gelu"
-    """`identity`, `linear`, `mlpNx_gelu` (N linear layers, exact GELU between), or `attn_pool+` one of the last two."""
-    bypass_pool: bool = True
-    """Leave the attention pool out, as BTB3D published it: every visual token reaches the decoder."""
-    pool_queries: int = 256
-    """Visual tokens after the pool, where it is not bypassed."""
-    pool_heads: int = 8
-    """Attention heads of the pool."""
-
-    def __post_init__(self):
-        inner = self.kind.removeprefix("attn_pool+")
-        known = inner in ("identity", "linear") or (
-            inner.startswith("mlp") and inner.endswith("x_gelu") and inner[3:-6].isdigit()
-        )
-        _require(
-            known and inner[3:-6] != "0",
-            f"model.projector.kind is {self.kind!r}; known are identity, linear, mlpNx_gelu and attn_pool+ before one of them",
-        )
-
-    @property
-    def depth(self) -> int:
-        """Number of linear layers."""
-        inner = self.kind.removeprefix("attn_pool+")
-        if inner.startswith("mlp"):
-            return int(inner[3:-6])
-        return 0 if inner == "identity" else 1
-
-    @property
-    def pooled(self) -> bool:
-        """Whether an attention pool reduces the visual tokens to `pool_queries`."""
-        return self.kind.startswith("attn_pool+") and not self.bypass_pool
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     decoder: DecoderConfig
+    tower: TowerConfig = TowerConfig()
     projector: ProjectorConfig = ProjectorConfig()
+    aggregator: AggregatorConfig = AggregatorConfig()
+    fusion: FusionConfig = FusionConfig()
     base: str = ""
-    """Hugging Face folder of the language model (safetensors). "": initialise from scratch."""
+    """Hugging Face folder of the language model, or of a whole vision-language model. "": initialise from scratch."""
+    tower_folder: str = ""
+    """Folder of the image tower, where `base` does not hold it."""
+    tower_source: Literal["checkpoint", "folder"] = "checkpoint"
+    """Where both `base` and `tower_folder` hold the tower: which of them counts (upstream: the folder)."""
     adapter: str = ""
     """A run or an upstream LoRA folder to go on from (weights alone; the optimizer starts afresh)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -145,11 +79,30 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class PixelConfig:
+    """From an image file to the tower's input, as CLIP's and SigLIP's image processors do it with Pillow."""
+
+    aspect: Literal["pad", "crop", "squash"] = "pad"
+    """`pad`: onto a square of the mean colour first; `crop`: the middle of it; `squash`: both sides resized alike."""
+    shortest: int = 336
+    """Pixels of the shorter side after resizing (bicubic)."""
+    crop: int = 336
+    """Side of the square cut from the middle (0: none is cut, and `squash` resizes to `shortest` squared)."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Subtracted from values in [0, 1], channel by channel."""
+    sd: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Divided by, channel by channel."""
+    pad_grey: bool = False
+    """Pad greyscale files before they become RGB, as LLaVA-Med's evaluation does (`--upstream-exact pad_grey`)."""
+
+
+@dataclass(frozen=True)
 class VisualConfig:
     """The image input of a batch: its kind and its static sizes (so that nothing need be read to compile a step)."""
 
-    kind: Literal["none", "embeddings", "codes"] = "embeddings"
-    """`embeddings`: float tokens from .npz files; `codes`: packed uint32 codes, unpacked on the device; `none`: text alone."""
+    kind: Literal["none", "embeddings", "codes", "pixels", "volumes", "slices"] = "embeddings"
+    """`embeddings`: float tokens from .npz files; `codes`: packed uint32 codes, unpacked on the device; for a tower `pixels`
+    (2-D images), `volumes` (prepared volumes) or `slices` (2-D slices of a volume); `none`: text alone."""
     images: int = 1
     """Images a row holds at most (I); with packing, of all its samples together."""
     tokens: int = 31744
@@ -168,14 +121,17 @@ class VisualConfig:
     """Fixed statistics per token position and feature, computed on the training set and saved with the checkpoint."""
     positions: bool = False
     """A learned position table added after the projector, one row a token of an image."""
+    slices: int = 24
+    """Slices of a volume (kind `slices` alone)."""
+    pixels: PixelConfig = PixelConfig()
 
     def __post_init__(self):
-        _require(self.images >= 0 and self.tokens >= 0, "visual.images and visual.tokens must not be negative")
-        _require(all(m >= 1 for m in self.merge), f"visual.merge is {self.merge}; every entry must be at least 1")
+        require(self.images >= 0 and self.tokens >= 0, "visual.images and visual.tokens must not be negative")
+        require(all(m >= 1 for m in self.merge), f"visual.merge is {self.merge}; every entry must be at least 1")
         if self.kind == "codes":
             t, h, w = self.grid
             fits = t * h * w == self.tokens
-            _require(
+            require(
                 fits, f"visual.grid {self.grid} has {t * h * w} tokens, visual.tokens is {self.tokens}; codes need them equal"
             )
 
@@ -197,10 +153,10 @@ class LoraConfig:
     """Projections that get an adapter."""
 
     def __post_init__(self):
-        _require(self.rank >= 0, f"lora.rank is {self.rank}; it must not be negative (0 switches LoRA off)")
-        _require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must be in [0, 1)")
+        require(self.rank >= 0, f"lora.rank is {self.rank}; it must not be negative (0 switches LoRA off)")
+        require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; it must be in [0, 1)")
         unknown = set(self.targets) - set(LORA_TARGETS)
-        _require(not unknown, f"lora.targets has {sorted(unknown)}; known are {', '.join(LORA_TARGETS)}")
+        require(not unknown, f"lora.targets has {sorted(unknown)}; known are {', '.join(LORA_TARGETS)}")
 
 
 @dataclass(frozen=True)
@@ -233,13 +189,13 @@ class OptimConfig:
     def __post_init__(self):
         for name in ("learning_rate", "projector_learning_rate", "weight_decay", "eps"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, f"optim.{name} is {value}; it must be a number and not negative")
+            require(0 <= value < math.inf, f"optim.{name} is {value}; it must be a number and not negative")
         for name in ("b1", "b2"):
-            _require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        _require(0 <= self.final_fraction <= 1, f"optim.final_fraction is {self.final_fraction}; it must be in [0, 1]")
-        _require(0 <= self.warmup_ratio < 1, f"optim.warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
-        _require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must not be negative")
-        _require(self.max_grad_norm >= 0, f"optim.max_grad_norm is {self.max_grad_norm}; it must not be negative (0: off)")
+            require(0 <= getattr(self, name) < 1, f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        require(0 <= self.final_fraction <= 1, f"optim.final_fraction is {self.final_fraction}; it must be in [0, 1]")
+        require(0 <= self.warmup_ratio < 1, f"optim.warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
+        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must not be negative")
+        require(self.max_grad_norm >= 0, f"optim.max_grad_norm is {self.max_grad_norm}; it must not be negative (0: off)")
 
 
 @dataclass(frozen=True)
@@ -251,9 +207,16 @@ class TrainConfig:
     seed: int = 42
     """Seed of initialisation, data order and dropout."""
     trainable: Literal["adapter", "projector", "all"] = "adapter"
-    """`adapter`: LoRA, projector and the rows of added tokens; `projector`: the alignment stage; `all`: everything."""
+    """`adapter`: LoRA, projector, fusion and the rows of added tokens; `projector`: the alignment stage; `all`: everything
+    but the tower."""
     train_embed_tokens: bool = False
     """Train the whole embedding table too (BTB3D's released checkpoints did)."""
+    train_head: bool = False
+    """Train the whole output projection too."""
+    train_tower: bool = False
+    """Train the image tower too (`trainable all` leaves it frozen without this)."""
+    tower_lowest_block: int = 0
+    """With `train_tower`: train the tower's blocks from this one on; above 0 its embeddings stay frozen."""
     loss_reduction: Literal["token", "microbatch"] = "token"
     """`token`: mean over the optimizer batch's supervised tokens; `microbatch`: mean of the microbatches' means (upstream)."""
     remat: Literal["none", "full", "attention", "offload"] = "full"
@@ -273,10 +236,10 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "epochs", "keep", "eval_every"):
-            _require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must not be negative")
+            require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; it must not be negative")
         for name in ("save_every", "log_every", "loss_chunk", "attention_chunk"):
-            _require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        _require(self.steps > 0 or self.epochs > 0, "train.steps and train.epochs are both 0; set one of them")
+            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        require(self.steps > 0 or self.epochs > 0, "train.steps and train.epochs are both 0; set one of them")
 
 
 @dataclass(frozen=True)
@@ -306,7 +269,15 @@ class DataConfig:
     group_by_modality_length: bool = False
     """Batches of similar length and of one modality, as LLaVA's sampler makes them."""
     template: str = "llama3"
-    """Conversation template and label mask."""
+    """Conversation template and label mask; `m3d` is M3D's and SAMF's plain text behind placeholders."""
+    max_length: int = 0
+    """Tokens, image places included, after which a sample is cut, as upstream does (0: too long a sample is refused)."""
+    pad_id: int = -1
+    """With the template `m3d`: id with which rows are filled up to `max_length` where the fusion reads padding (-1: none)."""
+    splice: Literal["offset", "placeholders"] = "offset"
+    """With the template `m3d`: image tokens go to positions 1, 2, ... whatever is there (upstream), or to the placeholders."""
+    missing_image_token: Literal["refuse", "prepend", "text_only"] = "refuse"
+    """A record with an image and no `<image>`: refuse it, put the image first, or train on its text alone (upstream)."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """A record that cannot be used: stop and list them all, or go on without (listed in skipped.jsonl)."""
     prefetch: int = 4
@@ -315,15 +286,15 @@ class DataConfig:
     """Threads that read files."""
 
     def __post_init__(self):
-        _require(self.batch >= 1, f"data.batch is {self.batch}; it must be at least 1")
-        _require(self.microbatches >= 1, f"data.microbatches is {self.microbatches}; it must be at least 1")
+        require(self.batch >= 1, f"data.batch is {self.batch}; it must be at least 1")
+        require(self.microbatches >= 1, f"data.microbatches is {self.microbatches}; it must be at least 1")
         whole = self.batch % self.microbatches == 0
-        _require(whole, f"data.batch {self.batch} is not a multiple of data.microbatches {self.microbatches}")
+        require(whole, f"data.batch {self.batch} is not a multiple of data.microbatches {self.microbatches}")
         ordered = len(self.buckets) > 0 and list(self.buckets) == sorted(set(self.buckets)) and self.buckets[0] > 0
-        _require(ordered, f"data.buckets is {self.buckets}; give at least one length, ascending")
-        _require(self.supervised >= 1, f"data.supervised is {self.supervised}; it must be at least 1")
+        require(ordered, f"data.buckets is {self.buckets}; give at least one length, ascending")
+        require(self.supervised >= 1, f"data.supervised is {self.supervised}; it must be at least 1")
         for name in ("threads", "prefetch"):
-            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
+            require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
 
 
 @dataclass(frozen=True)
@@ -340,9 +311,9 @@ class MeshConfig:
     """Shards of heads, MLP and vocabulary."""
 
     def __post_init__(self):
-        _require(self.data >= 0, f"mesh.data is {self.data}; it must not be negative (0: whatever is left)")
+        require(self.data >= 0, f"mesh.data is {self.data}; it must not be negative (0: whatever is left)")
         for name in ("fsdp", "context", "tensor"):
-            _require(getattr(self, name) >= 1, f"mesh.{name} is {getattr(self, name)}; it must be at least 1")
+            require(getattr(self, name) >= 1, f"mesh.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -373,14 +344,14 @@ class EncodeConfig:
     """Features of a token, by name (see jaxmed.data.haar); none given: 18 that serve any number of levels."""
 
     def __post_init__(self):
-        _require(all(n > 0 for n in self.canvas), f"encode.canvas is {self.canvas}; every side must be positive")
-        _require(all(s > 0 for s in self.spacing), f"encode.spacing is {self.spacing}; every spacing must be positive")
-        _require(self.hu_range[0] < self.hu_range[1], f"encode.hu_range is {self.hu_range}; the first must be smaller")
+        require(all(n > 0 for n in self.canvas), f"encode.canvas is {self.canvas}; every side must be positive")
+        require(all(s > 0 for s in self.spacing), f"encode.spacing is {self.spacing}; every spacing must be positive")
+        require(self.hu_range[0] < self.hu_range[1], f"encode.hu_range is {self.hu_range}; the first must be smaller")
         some = min(self.levels) >= 0 and max(self.levels) >= 1
-        _require(some, f"encode.levels is {self.levels}; give 0 or more per axis and at least 1 in one of them")
+        require(some, f"encode.levels is {self.levels}; give 0 or more per axis and at least 1 in one of them")
         for name, side, levels in zip(("rows", "columns"), self.canvas[:2], self.levels[1:], strict=True):
             fits = side % 2**levels == 0
-            _require(fits, f"encode.canvas {self.canvas}: its {side} {name} are not a multiple of 2**{levels} (encode.levels)")
+            require(fits, f"encode.canvas {self.canvas}: its {side} {name} are not a multiple of 2**{levels} (encode.levels)")
 
 
 @dataclass(frozen=True)
@@ -402,7 +373,12 @@ class Experiment:
         """Places that one image takes in the text at most: its tokens, or the pool's queries."""
         if self.visual.kind == "none":
             return 0
-        return self.model.projector.pool_queries if self.model.projector.pooled else self.visual.tokens
+        return self.places(self.visual.tokens, self.visual.grid)
+
+    def places(self, tokens: int, grid: tuple[int, ...]) -> int:
+        """Places in the text of an image with `tokens` tokens on a `grid` (depth, rows, columns), before the projector."""
+        model = self.model
+        return model.fusion.tokens if model.fusion.kind != "none" else model.projector.places(tokens, grid)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -417,10 +393,10 @@ def to_json(config: Any) -> str:
 def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     """The inverse of `to_dict`. Unknown and missing names are errors that say where."""
     place = where.rstrip(".") or cls.__name__
-    _require(isinstance(values, dict), f"config {place} is {values!r}; its fields by name are needed")
+    require(isinstance(values, dict), f"config {place} is {values!r}; its fields by name are needed")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
-    _require(not unknown, f"unknown config fields {', '.join(where + name for name in unknown)}")
+    require(not unknown, f"unknown config fields {', '.join(where + name for name in unknown)}")
     kwargs = {}
     for name, value in values.items():
         kind = hints[name]
@@ -447,10 +423,10 @@ def replace_field(config: Any, name: str, value: Any, above: str = "") -> Any:
     """
     first, _, rest = name.partition(".")
     fields = typing.get_type_hints(type(config))
-    _require(first in fields, f"no config field {above + name!r}; {type(config).__name__} has {', '.join(fields)}")
+    require(first in fields, f"no config field {above + name!r}; {type(config).__name__} has {', '.join(fields)}")
     current = getattr(config, first)
     if rest:
-        _require(dataclasses.is_dataclass(current), f"config field {above + first!r} has no field {rest!r}")
+        require(dataclasses.is_dataclass(current), f"config field {above + first!r} has no field {rest!r}")
         return dataclasses.replace(config, **{first: replace_field(current, rest, value, f"{above}{first}.")})
     if isinstance(value, str) and isinstance(current, int | float):
         try:

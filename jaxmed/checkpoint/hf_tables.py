@@ -10,10 +10,8 @@ key of the path. Axis letters: V rows of a vocabulary with padding, D width, A a
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
-
+from jaxmed.checkpoint.transforms import AddedRows, Identity, Transform, Vocabulary
 from jaxmed.config import DecoderConfig, Experiment, LoraConfig, ProjectorConfig, VisualConfig
 from jaxmed.errors import UserError
 
@@ -28,107 +26,6 @@ MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 # Tensors that need no place, by the end of their names.
 IGNORED = {".rotary_emb.inv_freq": "rope's frequencies; computed from the config"}
-
-_MEAN_ROWS = 4096
-
-
-class Transform(Protocol):
-    """How a tensor of theirs becomes an array of ours."""
-
-    def wanted(self, ours: tuple[int, ...]) -> str:
-        """The shape of theirs that fits, for messages."""
-        ...
-
-    def fits(self, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool: ...
-
-    def read(self, theirs: np.ndarray, ours: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        """`index` of ours, from their tensor (a view of a file: only what is sliced is read)."""
-        ...
-
-    def write(self, ours: np.ndarray, theirs: np.ndarray | None) -> np.ndarray | None:
-        """The way back; `theirs` is what rows before this one made of the same tensor. None: nothing to write."""
-        ...
-
-
-@dataclass(frozen=True)
-class Identity:
-    def wanted(self, ours: tuple[int, ...]) -> str:
-        return str(list(ours))
-
-    def fits(self, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-        return theirs == ours
-
-    def read(self, theirs: np.ndarray, ours: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        return theirs[index]
-
-    def write(self, ours: np.ndarray, theirs: np.ndarray | None) -> np.ndarray | None:
-        return ours
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Theirs [base or more rows, D] -> ours [V, D]: rows that theirs lacks get the mean of the base's, padding is zero."""
-
-    base: int
-    added: int
-
-    def wanted(self, ours: tuple[int, ...]) -> str:
-        rows = f"{self.base}" if not self.added else f"{self.base} to {self.base + self.added}"
-        return f"[{rows}, {ours[1]}]"
-
-    def fits(self, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-        return len(theirs) == 2 and self.base <= theirs[0] <= self.base + self.added and theirs[1] == ours[1]
-
-    def read(self, theirs: np.ndarray, ours: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        rows, columns = index
-        start, stop, _ = rows.indices(ours[0])
-        return vocabulary_rows(theirs, start, stop, columns, self.base, self.base + self.added)
-
-    def write(self, ours: np.ndarray, theirs: np.ndarray | None) -> np.ndarray | None:
-        return ours[: self.base + self.added]
-
-
-@dataclass(frozen=True)
-class AddedRows:
-    """The rows of added tokens alone, ours [A, D]: laid over the table's rows from `base` on."""
-
-    base: int
-    added: int
-
-    def wanted(self, ours: tuple[int, ...]) -> str:
-        return Vocabulary(self.base, self.added).wanted(ours)
-
-    def fits(self, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-        return Vocabulary(self.base, self.added).fits(theirs, ours) and ours[0] == self.added
-
-    def read(self, theirs: np.ndarray, ours: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = index[0].indices(ours[0])
-        return vocabulary_rows(theirs, self.base + start, self.base + stop, index[1], self.base, self.base + self.added)
-
-    def write(self, ours: np.ndarray, theirs: np.ndarray | None) -> np.ndarray | None:
-        """Alone they are no tensor of upstream's: written into the whole matrix, or not at all."""
-        return None if theirs is None else np.concatenate([theirs[: self.base], ours])
-
-
-def vocabulary_rows(theirs: np.ndarray, start: int, stop: int, columns: slice, base: int, size: int) -> np.ndarray:
-    """Rows start to stop: theirs as far as it has them, then the mean of its `base` first up to `size`, then zeros."""
-    there = theirs[start:stop, columns]
-    if stop <= len(theirs):
-        return there
-    rows = np.zeros((stop - start, there.shape[1]), np.float32)
-    rows[: len(there)] = there
-    first = max(len(theirs), start)
-    if first < min(size, stop):
-        rows[first - start : min(size, stop) - start] = mean_row(theirs[:base, columns])
-    return rows
-
-
-def mean_row(rows: np.ndarray) -> np.ndarray:
-    """Mean over rows as float32, a few thousand rows at a time (the table of an 8B model takes 2 GB in float32)."""
-    total = np.zeros(rows.shape[1], np.float64)
-    for start in range(0, len(rows), _MEAN_ROWS):
-        total += rows[start : start + _MEAN_ROWS].astype(np.float32).sum(0, dtype=np.float64)
-    return (total / len(rows)).astype(np.float32)
 
 
 @dataclass(frozen=True)

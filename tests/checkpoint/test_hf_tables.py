@@ -14,17 +14,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from jaxmed.checkpoint.hf_tables import (
     LAYER,
     PEFT_PREFIX,
-    AddedRows,
-    Identity,
-    Vocabulary,
     canonical_names,
     decoder_rows,
     experiment_rows,
     ignored_reason,
     lora_rows,
-    mean_row,
     projector_rows,
 )
+from jaxmed.checkpoint.transforms import AddedRows, Identity, Vocabulary, mean_row
 from jaxmed.config import (
     DecoderConfig,
     Experiment,
