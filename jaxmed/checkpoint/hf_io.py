@@ -11,7 +11,7 @@ import os
 import re
 import zipfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -59,6 +59,8 @@ class TensorFolder:
     """Read-only views of the mapped files"""
     files: dict[str, str]
     """The file, relative to `path`, in which each tensor is"""
+    role: Literal["model", "tower"] = "model"
+    """What it is opened as: a tower alone spells its names without the model's prefix"""
 
     def names(self) -> list[str]:
         return list(self.arrays)
