@@ -5,10 +5,10 @@ no shift is taken. Training moves `<image>` to the start of its turn, generation
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from jaxmed.data.examples import Example, TextOptions, text_options
 from jaxmed.data.masks import supervised
 from jaxmed.data.records import Record, image_places
 from jaxmed.data.templates import TEMPLATES, Template, render
@@ -22,6 +22,7 @@ __all__ = [
     "TEMPLATES",
     "Example",
     "Template",
+    "TextOptions",
     "check_template",
     "encode_prompt",
     "encode_text",
@@ -31,19 +32,10 @@ __all__ = [
     "render",
     "required_tokens",
     "strip_terminal",
+    "text_options",
 ]
 
 Turns = Sequence[tuple[str, str | None]]
-
-
-@dataclass(frozen=True)
-class Example:
-    ids: np.ndarray
-    """[T] int32, IMAGE_ID at an image's place"""
-    labels: np.ndarray
-    """[T] int32, IGNORE where not supervised"""
-    voided: str
-    """"" or why no token of the sample is supervised, and what to do"""
 
 
 def find_template(name: str) -> Template:
@@ -85,7 +77,10 @@ def normalise(text: str, images: int) -> str:
     return (f"{IMAGE_TOKEN}\n" * places + text.replace(IMAGE_TOKEN, "").strip()).strip()
 
 
-def encode_training(record: Record, tokenizer: Tokenizer, template: str) -> Example:
+NO_OPTIONS = TextOptions()
+
+
+def encode_training(record: Record, tokenizer: Tokenizer, template: str, options: TextOptions = NO_OPTIONS) -> Example:
     chosen = find_template(template)
     images = len(record.images)
     turns = [(turn.role, normalise(turn.value, images) if images else turn.value) for turn in record.turns]
