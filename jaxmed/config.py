@@ -215,8 +215,6 @@ class TrainConfig:
     """Train the whole output projection too."""
     train_tower: bool = False
     """Train the image tower too (`trainable all` leaves it frozen without this)."""
-    tower_lowest_block: int = 0
-    """With `train_tower`: train the tower's blocks from this one on; above 0 its embeddings stay frozen."""
     loss_reduction: Literal["token", "microbatch"] = "token"
     """`token`: mean over the optimizer batch's supervised tokens; `microbatch`: mean of the microbatches' means (upstream)."""
     remat: Literal["none", "full", "attention", "offload"] = "full"
