@@ -64,8 +64,9 @@ class ModelConfig:
     """Hugging Face folder of the language model, or of a whole vision-language model. "": initialise from scratch."""
     tower_folder: str = ""
     """Folder of the image tower, where `base` does not hold it."""
-    tower_source: Literal["checkpoint", "folder"] = "checkpoint"
-    """Where both `base` and `tower_folder` hold the tower: which of them counts (upstream: the folder)."""
+    tower_source: Literal["checkpoint", "folder", "random"] = "checkpoint"
+    """Where both `base` and `tower_folder` hold the tower: which of them counts (upstream: the folder). `random`: neither, it
+    is trained from scratch."""
     adapter: str = ""
     """A run or an upstream LoRA folder to go on from (weights alone; the optimizer starts afresh)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -95,6 +96,11 @@ class PixelConfig:
     pad_grey: bool = False
     """Pad greyscale files before they become RGB, as LLaVA-Med's evaluation does (`--upstream-exact pad_grey`)."""
 
+    @property
+    def side(self) -> int:
+        """Pixels of a side of the square that comes out."""
+        return self.crop or self.shortest
+
 
 @dataclass(frozen=True)
 class VisualConfig:
@@ -123,7 +129,12 @@ class VisualConfig:
     """A learned position table added after the projector, one row a token of an image."""
     slices: int = 24
     """Slices of a volume (kind `slices` alone)."""
+    window: tuple[float, float] = (0.0, 0.0)
+    """Intensities that become 0 and 1 (kind `slices` alone); equal ones: whole numbers modulo 256, as SAMF was trained."""
+    volume: tuple[int, int, int] = (32, 256, 256)
+    """Voxels (depth, rows, columns) of a prepared volume (kind `volumes` alone)."""
     pixels: PixelConfig = PixelConfig()
+    """How images become pixels (kind `pixels`); its `shortest` and `crop` hold for `slices` as well."""
 
     def __post_init__(self):
         require(self.images >= 0 and self.tokens >= 0, "visual.images and visual.tokens must not be negative")
