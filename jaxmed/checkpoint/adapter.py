@@ -1,18 +1,21 @@
 """`model.adapter`: a folder whose weights a run goes on from, whoever wrote it.
 
-An upstream folder (LoRA, projector, perhaps the embedding table) is one more source of tensors beside the base. A run of ours
+An upstream folder (LoRA, projector, perhaps the embedding table) is one more source of tensors beside the base
+(`jaxmed.checkpoint.sources`). A run of ours
 is overlaid from its newest checkpoint; what that leaves out comes from the adapter which the run itself went on from.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.folders import detect
 from jaxmed.checkpoint.hf_io import TensorFolder, open_folder
-from jaxmed.checkpoint.hf_tables import EMBED, PROJECTOR, Row, canonical_names, lora_rows, projector_rows
+from jaxmed.checkpoint.hf_tables import EMBED
+from jaxmed.checkpoint.names import canonical_names
+from jaxmed.checkpoint.projector_tables import PROJECTOR
 from jaxmed.config import Experiment, from_dict
 from jaxmed.errors import UserError
 
@@ -29,29 +32,23 @@ def run_experiment(run: str) -> Experiment:
         raise UserError(f"{path}: cannot be read as the config of a run ({error})") from error
 
 
-def upstream_sources(experiment: Experiment) -> tuple[list[Row], list[TensorFolder], Callable[[Path], bool]]:
-    """Rows and tensors of the upstream folder at the root of `model.adapter`, and which of our paths it fills."""
+def upstream_folder(experiment: Experiment) -> TensorFolder | None:
+    """The upstream folder at the root of `model.adapter`; what it must hold is checked."""
     folder = next((f for f in chain(experiment.model.adapter) if detect(f) != "run"), "")
     if not folder:
-        return [], [], lambda path: False
+        return None
     tensors = open_folder(folder)
     names = canonical_names(tensors.names(), folder)
     has_lora = any(".lora_A." in name for name in names)
     has_projector = any(name.startswith(PROJECTOR) for name in names)
-    kind, projector = detect(folder), projector_rows(experiment.visual, experiment.model.projector)
+    kind = detect(folder)
     if not has_lora and kind in ("llava_lora", "peft"):
         raise UserError(f"{folder}: holds no LoRA weights; put its adapter_model.safetensors (or .bin) back there")
-    if not has_projector and kind == "llava_lora" and projector:
+    if not has_projector and kind == "llava_lora" and experiment.visual.kind != "none":
         raise UserError(f"{folder}: holds no projector; put its non_lora_trainables.bin back there")
-    rows = lora_rows(experiment.lora, experiment.model.decoder.layers) if has_lora else []
-    rows += projector if has_projector else []
     if has_lora and not experiment.lora.rank:
         raise UserError(f"{folder}: holds LoRA weights and lora.rank is 0; leave --lora.rank out, and the folder decides")
-
-    def fills(path: Path) -> bool:
-        return (has_lora and path[-1] in ("lora_a", "lora_b")) or (has_projector and path[0] == "projector")
-
-    return rows, [tensors], fills
+    return tensors
 
 
 def chain(adapter: str) -> Iterator[str]:

@@ -14,17 +14,15 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from jaxmed.checkpoint import manager
-from jaxmed.checkpoint.adapter import chain, upstream_sources
+from jaxmed.checkpoint.adapter import chain
 from jaxmed.checkpoint.folders import detect
-from jaxmed.checkpoint.hf_io import open_folder
-from jaxmed.checkpoint.hf_tables import canonical_names, decoder_rows
 from jaxmed.checkpoint.load import Path, match_params, read_slice
+from jaxmed.checkpoint.names import canonical_names
+from jaxmed.checkpoint.sources import weight_sources
 from jaxmed.config import Experiment, MeshConfig
 from jaxmed.errors import UserError
 from jaxmed.models.vlm import Vlm
 from jaxmed.sharding import make_mesh
-
-_ADAPTER = ("lora_a", "lora_b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +54,16 @@ class Values:
         """Canonical names in the upstream folder"""
         self.ignored: dict[str, str] = {}
         self._match = None
-        if model.base:
-            base = open_folder(model.base)
-            self.base_dtypes = {key: base.dtype(name) for key, name in canonical_names(base.names(), base.path).items()}
-            rows, sources, fills = upstream_sources(experiment)
-            self.upstream_names = {key for s in sources for key in canonical_names(s.names(), s.path)}
-            of_base = {path for path in self.shapes if path[0] == "decoder" and path[-1] not in _ADAPTER}
-            wanted = {path: leaf for path, leaf in self.shapes.items() if path in of_base or fills(path)}
-            rows = decoder_rows(model.decoder, len(model.added_tokens)) + rows
-            self._match = match_params(rows, [base, *sources], _nested(wanted), partial=True)
+        sources = weight_sources(experiment)
+        for folder in sources.folders:
+            names = canonical_names(folder.names(), folder.path)
+            if folder.path == model.base:
+                self.base_dtypes = {key: folder.dtype(name) for key, name in names.items()}
+            elif folder.path == self.upstream:
+                self.upstream_names = set(names)
+        if sources.folders:
+            wanted = {path: leaf for path, leaf in self.shapes.items() if sources.covers(path)}
+            self._match = match_params(sources.rows, sources.folders, _nested(wanted), partial=True)
             self.ignored = dict(self._match.ignored)
         self._check_runs()
         self._kept: tuple[str, np.ndarray] | None = None

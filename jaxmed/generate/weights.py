@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, reshard
 
-from jaxmed.checkpoint.adapter import upstream_sources
-from jaxmed.checkpoint.hf_io import open_folder
-from jaxmed.checkpoint.hf_tables import decoder_rows
 from jaxmed.checkpoint.load import read_params
+from jaxmed.checkpoint.sources import weight_sources
 from jaxmed.config import Experiment, LoraConfig
 from jaxmed.models.vlm import Vlm
 from jaxmed.nn.linear import Adapter, merged_weight
@@ -67,13 +65,11 @@ def load_weights(experiment: Experiment, mesh: Mesh, rules: Rules, split: bool) 
 
 def _frozen(experiment: Experiment, missing: Leaves, stacked: Any, split: bool) -> Leaves:
     """The parameters that were not trained: from the base folder, else freshly initialised as training had them."""
-    model = experiment.model
-    if not model.base:
+    sources = weight_sources(experiment)
+    if not sources.folders:
         fresh = materialise(experiment, flatten(stacked), complete=False)
         return unstacked(fresh) if split else fresh
-    more_rows, more_sources, _ = upstream_sources(experiment)
-    rows = decoder_rows(model.decoder, len(model.added_tokens)) + more_rows
-    return flatten(read_params(rows, [open_folder(model.base), *more_sources], unflatten(missing), partial=True))
+    return flatten(read_params(sources.rows, sources.folders, unflatten(missing), partial=True))
 
 
 def unstacked(leaves: Leaves) -> Leaves:

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmed.checkpoint.adapter import overlay_runs, upstream_sources
-from jaxmed.checkpoint.hf_io import open_folder
-from jaxmed.checkpoint.hf_tables import decoder_rows
+from jaxmed.checkpoint.adapter import overlay_runs
 from jaxmed.checkpoint.load import read_params
+from jaxmed.checkpoint.sources import weight_sources
 from jaxmed.config import Experiment
 from jaxmed.models.vlm import Vlm
 from jaxmed.sharding import Rules, check_divisible, like, replicated, rules_for, state_specs, to_shardings
@@ -77,20 +76,13 @@ def frozen_half(plan: Blueprint) -> Any:
 
 def materialise(experiment: Experiment, leaves: Leaves, complete: bool) -> Leaves:
     """Arrays for a model's parameters, or for some of them (`complete` False)."""
-    model = experiment.model
     read: Leaves = {}
-    if model.base:
-        rows = decoder_rows(model.decoder, len(model.added_tokens))
-        more_rows, more_sources, covers = upstream_sources(experiment)
-        wanted = {path: leaf for path, leaf in leaves.items() if is_base(path) or covers(path)}
-        read = flatten(read_params(rows + more_rows, [open_folder(model.base), *more_sources], unflatten(wanted), partial=True))
+    sources = weight_sources(experiment)
+    if sources.folders:
+        wanted = {path: leaf for path, leaf in leaves.items() if sources.covers(path)}
+        read = flatten(read_params(sources.rows, sources.folders, unflatten(wanted), partial=True))
     fresh = initialised(experiment, {path: leaf for path, leaf in leaves.items() if path not in read})
     return overlay_runs(experiment, read | fresh, complete)
-
-
-def is_base(path: Path) -> bool:
-    """Whether a language model's own folder holds the parameter; rows of added tokens start from its mean."""
-    return path[0] == "decoder" and path[-1] not in ("lora_a", "lora_b")
 
 
 def initialised(experiment: Experiment, leaves: Leaves) -> Leaves:

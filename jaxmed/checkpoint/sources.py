@@ -1,0 +1,77 @@
+"""Every folder that a model's weights come from, in the order in which one overlays another.
+
+An image tower's own folder, the base (a language model, or a whole vision-language model), and the upstream folder at the root
+of `model.adapter`. Which parameters they fill is told part by part from their tensors: a part that is there must be complete.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from jaxmed.checkpoint.adapter import chain, upstream_folder
+from jaxmed.checkpoint.folders import detect
+from jaxmed.checkpoint.hf_io import TensorFolder, open_folder
+from jaxmed.checkpoint.hf_tables import Row, experiment_rows
+from jaxmed.checkpoint.names import canonical_names
+from jaxmed.config import Experiment
+from jaxmed.errors import UserError
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class WeightSources:
+    rows: list[Row]
+    """Of the whole model"""
+    folders: list[TensorFolder]
+    """The later over the earlier"""
+    parts: frozenset[str]
+    """Parts of the model (see `part_of`) that the folders hold"""
+
+    def covers(self, path: Path) -> bool:
+        """Whether the folders must fill the parameter."""
+        return part_of(path) in self.parts
+
+    def names(self, folder: TensorFolder) -> dict[str, str]:
+        """Canonical name -> the name in the file."""
+        return canonical_names(folder.names(), folder.path)
+
+
+def part_of(path: Path) -> str:
+    """`lora`, `decoder`, `tower`, `projector`, ...: what a folder holds whole or not at all."""
+    return "lora" if path[-1] in ("lora_a", "lora_b") else str(path[0])
+
+
+def weight_sources(experiment: Experiment) -> WeightSources:
+    """Opens the folders by their headers; no value is read. UserError where a folder lacks what it should hold."""
+    model = experiment.model
+    rows = experiment_rows(experiment)
+    folders = [open_folder(model.base)] if model.base else []
+    if model.tower_folder and model.tower.kind != "none":
+        tower = replace(open_folder(model.tower_folder), role="tower")
+        folders = [*folders, tower] if model.tower_source == "folder" else [tower, *folders]
+    adapter = upstream_folder(experiment)
+    folders += [adapter] if adapter else []
+    found = {name for folder in folders for name in canonical_names(folder.names(), folder.path)}
+    parts = {part_of(row.ours) for row in rows if row.ours and found & set(row.names())}
+    parts |= {"decoder"} if model.base else set()
+    if model.tower.kind != "none" and "tower" not in parts and not _tower_elsewhere(experiment):
+        raise UserError(_no_tower(experiment, folders))
+    return WeightSources(rows, folders, frozenset(parts))
+
+
+def _tower_elsewhere(experiment: Experiment) -> bool:
+    """Whether a run holds the tower, or it shall start at random."""
+    if not experiment.train.train_tower:
+        return False
+    return experiment.model.tower_source == "random" or any(detect(f) == "run" for f in chain(experiment.model.adapter))
+
+
+def _no_tower(experiment: Experiment, folders: Sequence[TensorFolder]) -> str:
+    places = " and ".join(folder.path for folder in folders) or "model.base"
+    named = os.path.basename(experiment.model.tower_folder.rstrip("/"))
+    hint = f" ({named})" if named else ""
+    return (
+        f"{places}: the image tower's weights are not there; give the tower's folder{hint} with --tower (to train it from "
+        "scratch: --model.tower-source random --train.train-tower)"
+    )
