@@ -35,6 +35,8 @@ class Rules:
     vocab: tuple[str, ...] = ("tensor",)
     adapter: tuple[str, ...] = ("tensor", "fsdp")
     """the long axis of LoRA's A and B as they are stored; in this order, gathering over fsdp leaves whole tensor shards"""
+    tower: tuple[str, ...] = ("fsdp",)
+    """the width of image towers, text encoders and aggregators as it is stored; all of them are gathered where they are used"""
 
     def spec(self, *axes: str | None) -> PartitionSpec:
         """One entry per dimension; None is an unsharded one."""
@@ -68,11 +70,18 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def rules_for(experiment: Experiment, mesh_shape: dict[str, int]) -> Rules:
-    """The rules for a model on a mesh: kv heads are replicated where `tensor` is a multiple of their number."""
+    """The rules for a model on a mesh: kv heads are replicated where `tensor` is a multiple of their number, and a tower's
+    parameters where its width does not divide over fsdp."""
     kv_heads, tensor = experiment.model.decoder.kv_heads, mesh_shape["tensor"]
+    rules = Rules(tower=tower_axis((experiment.model.tower.width,), mesh_shape["fsdp"]))
     if kv_heads % tensor and tensor % kv_heads == 0:
-        return Rules(kv_heads=())
-    return Rules()
+        return dataclasses.replace(rules, kv_heads=())
+    return rules
+
+
+def tower_axis(widths: Sequence[int], fsdp: int) -> tuple[str, ...]:
+    """`Rules.tower` for towers of these widths: replicated where one does not divide (towers are small beside the decoder)."""
+    return () if any(width % fsdp for width in widths) else ("fsdp",)
 
 
 def check_divisible(experiment: Experiment, mesh_shape: dict[str, int]) -> None:

@@ -30,4 +30,4 @@ def constant(shape: tuple[int, ...], value: float, axes: Axes) -> nnx.Param:
 
 def gathered(param: nnx.Variable, rules: Rules) -> jax.Array:
     """All-gathered over fsdp, where it is used; its gradient is reduce-scattered back by the transpose."""
-    return reshard(param[...], rules.spec(*(None if axis == "embed" else axis for axis in param.axes)))
+    return reshard(param[...], rules.spec(*(None if axis in ("embed", "tower") else axis for axis in param.axes)))
