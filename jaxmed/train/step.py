@@ -106,12 +106,15 @@ def is_trainable(experiment: Experiment) -> Callable[[Path], bool]:
     train = experiment.train
 
     def trainable(path: Path) -> bool:
-        if train.trainable == "all" or path[0] == "projector":
+        if path[0] == "tower":
+            return train.train_tower
+        if train.trainable == "all" or path[0] in ("projector", "aggregator", "fusion"):
             return True
-        if train.trainable == "projector":
-            return False
-        whole_table = train.train_embed_tokens and path[-1] == "table"
-        return path[-1] in ("lora_a", "lora_b", "added") or whole_table
+        if path == ("decoder", "head", "weight"):
+            return train.train_head
+        if path[-1] == "table":
+            return train.train_embed_tokens
+        return train.trainable == "adapter" and path[-1] in ("lora_a", "lora_b", "added")
 
     return trainable
 
