@@ -14,8 +14,11 @@ import ml_dtypes
 import numpy as np
 
 from jaxmed.checkpoint import export_config
-from jaxmed.checkpoint.hf_tables import EMBED, LAYER, PEFT_PREFIX, Row, decoder_rows, lora_rows, projector_rows
+from jaxmed.checkpoint.hf_tables import EMBED, decoder_rows, lora_rows
 from jaxmed.checkpoint.load import Path
+from jaxmed.checkpoint.names import PEFT_PREFIX
+from jaxmed.checkpoint.projector_tables import projector_rows
+from jaxmed.checkpoint.row import LAYER, Row
 from jaxmed.checkpoint.tensor_files import Tensor, cast
 from jaxmed.checkpoint.values import Values
 from jaxmed.config import Experiment

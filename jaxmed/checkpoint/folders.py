@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from jaxmed.checkpoint.hf_config import decoder_config, decoder_of, read_config
 from jaxmed.checkpoint.hf_io import MODEL_FILES, TensorFolder, open_folder, read_json
-from jaxmed.checkpoint.hf_tables import ATTENTION, EMBED, MLP, PROJECTOR, canonical_names
+from jaxmed.checkpoint.hf_tables import ATTENTION, EMBED, MLP
+from jaxmed.checkpoint.names import canonical_names
+from jaxmed.checkpoint.projector_tables import PROJECTOR
 from jaxmed.config import DecoderConfig, Experiment, LoraConfig, ProjectorConfig, VisualConfig
 from jaxmed.data.tokenizer import has_tokenizer
 from jaxmed.errors import UserError

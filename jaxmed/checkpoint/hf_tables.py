@@ -1,50 +1,22 @@
 """The conversion table: one row per tensor, read in both directions.
 
-A row gives upstream's name, our path and an invertible transform. Names are canonical: as a plain language model has them
-(`model.layers.3.self_attn.q_proj.weight`), with `model.mm_projector.` before a projector's. `canonical_names` brings the
-spellings of PEFT and LLaVA files to that form; `PEFT_PREFIX` before a canonical name is PEFT's spelling.
+A row gives upstream's name, our path and an invertible transform. Names are canonical (see `jaxmed.checkpoint.names`).
 
 `{layer}` in a row stands for every layer. In our stacked trees it is the leading dimension of one array, in split trees a
 key of the path. Axis letters: V rows of a vocabulary with padding, D width, A added tokens.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
 
-from jaxmed.checkpoint.transforms import AddedRows, Identity, Transform, Vocabulary
-from jaxmed.config import DecoderConfig, Experiment, LoraConfig, ProjectorConfig, VisualConfig
-from jaxmed.errors import UserError
+from jaxmed.checkpoint.projector_tables import bridge_rows
+from jaxmed.checkpoint.row import LAYER, Row
+from jaxmed.checkpoint.transforms import AddedRows, Vocabulary
+from jaxmed.config import DecoderConfig, Experiment, LoraConfig
 
-LAYER = "{layer}"
-PEFT_PREFIX = "base_model.model."
-PROJECTOR = "model.mm_projector."
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-
-# Tensors that need no place, by the end of their names.
-IGNORED = {".rotary_emb.inv_freq": "rope's frequencies; computed from the config"}
-
-
-@dataclass(frozen=True)
-class Row:
-    theirs: str
-    """Canonical name; may hold `{layer}`"""
-    ours: tuple[str, ...]
-    """Our path; may hold `{layer}`. () with `same_as`"""
-    layers: int = 0
-    """How many layers `{layer}` stands for (0: no such thing in the row)"""
-    transform: Transform = Identity()
-    same_as: str = ""
-    """Fills nothing: if the file has the tensor, it must equal this one (a tied head that was stored all the same)"""
-    shared: bool = False
-    """Reads a tensor that another row holds in whole, so a tree may lack this path"""
-
-    def names(self) -> list[str]:
-        """Their names, one a layer."""
-        return [self.theirs.replace(LAYER, str(i)) for i in range(self.layers)] if self.layers else [self.theirs]
 
 
 def decoder_rows(decoder: DecoderConfig, added: int = 0) -> list[Row]:
@@ -85,65 +57,8 @@ def lora_rows(lora: LoraConfig, layers: int) -> list[Row]:
     return rows
 
 
-def projector_rows(visual: VisualConfig, projector: ProjectorConfig) -> list[Row]:
-    """The projector as LLaVA numbers its layers (GELUs count), CT-CHAT's names for the attention pool.
-
-    Upstream has no statistics and no position table; theirs are names of our own in the same style.
-    """
-    if visual.kind == "none":
-        return []
-    wrapped = projector.kind.startswith("attn_pool+")
-    stem = f"{PROJECTOR}proj." if wrapped else PROJECTOR
-    numbered = projector.kind.removeprefix("attn_pool+").startswith("mlp")
-    rows = []
-    for i in range(projector.depth):
-        theirs = f"{stem}{2 * i}." if numbered else stem
-        rows += [Row(f"{theirs}{part}", ("projector", "layers", str(i), part)) for part in ("weight", "bias")]
-    if projector.pooled:
-        rows += _pool_rows()
-    names = ("norm_mean", "norm_sd") if visual.norm else ()
-    names += ("positions",) if visual.positions else ()
-    return rows + [Row(f"{PROJECTOR}{name}", ("projector", name)) for name in names]
-
-
-def _pool_rows() -> list[Row]:
-    stem, pool = f"{PROJECTOR}attn_pool.", ("projector", "pool")
-    rows = [Row(f"{stem}query", (*pool, "query"))]
-    rows += [Row(f"{stem}{name}.weight", (*pool, name, "weight")) for name in ("to_q", "to_kv", "to_out")]
-    norms = {f"{stem}ln_q": (*pool, "ln_q"), f"{stem}ln_k": (*pool, "ln_k"), f"{PROJECTOR}ln": ("projector", "pool_norm")}
-    for theirs, ours in norms.items():
-        rows += [Row(f"{theirs}.weight", (*ours, "scale")), Row(f"{theirs}.bias", (*ours, "bias"))]
-    return rows
-
-
 def experiment_rows(experiment: Experiment) -> list[Row]:
     """Every row of an experiment's model."""
     model = experiment.model
     rows = decoder_rows(model.decoder, len(model.added_tokens))
-    return rows + lora_rows(experiment.lora, model.decoder.layers) + projector_rows(experiment.visual, model.projector)
-
-
-def canonical_names(names: Iterable[str], where: str) -> dict[str, str]:
-    """Canonical name -> the name in the file.
-
-    PEFT puts `base_model.` before a name; if then any starts with `model.model.`, one `model.` goes from all. Older dumps have
-    `.default` in adapter names; a projector saved alone may lack the `model.` before `mm_projector.`.
-    """
-    names = list(names)
-    short = [name.removeprefix("base_model.") for name in names]
-    if any(name.startswith("model.model.") for name in short):
-        short = [name.removeprefix("model.") for name in short]
-    found: dict[str, str] = {}
-    for name, key in zip(names, short, strict=True):
-        key = key.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
-        if key.startswith("mm_projector."):
-            key = f"model.{key}"
-        if key in found:
-            raise UserError(f"{where}: {found[key]} and {name} are the same tensor; remove the stale file")
-        found[key] = name
-    return found
-
-
-def ignored_reason(name: str) -> str:
-    """Why a tensor of theirs needs no place; "" if it does."""
-    return next((reason for end, reason in IGNORED.items() if name.endswith(end)), "")
+    return rows + lora_rows(experiment.lora, model.decoder.layers) + bridge_rows(experiment)

@@ -14,15 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.checkpoint.hf_io import TensorFolder, is_finite
-from jaxmed.checkpoint.hf_tables import (
-    LAYER,
-    PEFT_PREFIX,
-    Row,
-    Transform,
-    canonical_names,
-    experiment_rows,
-    ignored_reason,
-)
+from jaxmed.checkpoint.hf_tables import experiment_rows
+from jaxmed.checkpoint.names import PEFT_PREFIX, canonical_names, ignored_reason
+from jaxmed.checkpoint.row import LAYER, Row
+from jaxmed.checkpoint.transforms import Transform
 from jaxmed.config import Experiment
 from jaxmed.errors import UserError
 
@@ -84,7 +79,7 @@ class _Matcher:
 
     def __init__(self, sources: Sequence[TensorFolder], leaves: dict[Path, Any]):
         self.leaves = leaves
-        self.sources = [(source, canonical_names(source.names(), source.path)) for source in sources]
+        self.sources = [(source, canonical_names(source.names(), source.path, source.role)) for source in sources]
         self.tensors = {key: (source, name) for source, names in self.sources for key, name in names.items()}
         self.folders = " and ".join(source.path for source in sources)
         self.filled: dict[Path, list[Piece]] = {}

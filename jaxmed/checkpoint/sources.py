@@ -34,7 +34,7 @@ class WeightSources:
 
     def names(self, folder: TensorFolder) -> dict[str, str]:
         """Canonical name -> the name in the file."""
-        return canonical_names(folder.names(), folder.path)
+        return canonical_names(folder.names(), folder.path, folder.role)
 
 
 def part_of(path: Path) -> str:
@@ -52,7 +52,7 @@ def weight_sources(experiment: Experiment) -> WeightSources:
         folders = [*folders, tower] if model.tower_source == "folder" else [tower, *folders]
     adapter = upstream_folder(experiment)
     folders += [adapter] if adapter else []
-    found = {name for folder in folders for name in canonical_names(folder.names(), folder.path)}
+    found = {name for folder in folders for name in canonical_names(folder.names(), folder.path, folder.role)}
     parts = {part_of(row.ours) for row in rows if row.ours and found & set(row.names())}
     parts |= {"decoder"} if model.base else set()
     if model.tower.kind != "none" and "tower" not in parts and not _tower_elsewhere(experiment):

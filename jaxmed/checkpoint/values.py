@@ -56,7 +56,7 @@ class Values:
         self._match = None
         sources = weight_sources(experiment)
         for folder in sources.folders:
-            names = canonical_names(folder.names(), folder.path)
+            names = canonical_names(folder.names(), folder.path, folder.role)
             if folder.path == model.base:
                 self.base_dtypes = {key: folder.dtype(name) for key, name in names.items()}
             elif folder.path == self.upstream:

@@ -7,7 +7,7 @@ The decoder (which turns codes back into volumes) and the quantizer's bit masks 
 from dataclasses import dataclass
 
 from jaxmed.checkpoint.hf_io import TensorFolder, open_folder
-from jaxmed.checkpoint.hf_tables import Row
+from jaxmed.checkpoint.row import Row
 from jaxmed.errors import UserError
 from jaxmed.models.volume_encoder import VolumeEncoderConfig
 

@@ -11,16 +11,10 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model, get_peft_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jaxmed.checkpoint.hf_tables import (
-    LAYER,
-    PEFT_PREFIX,
-    canonical_names,
-    decoder_rows,
-    experiment_rows,
-    ignored_reason,
-    lora_rows,
-    projector_rows,
-)
+from jaxmed.checkpoint.hf_tables import decoder_rows, experiment_rows, lora_rows
+from jaxmed.checkpoint.names import PEFT_PREFIX
+from jaxmed.checkpoint.projector_tables import projector_rows
+from jaxmed.checkpoint.row import LAYER
 from jaxmed.checkpoint.transforms import AddedRows, Identity, Vocabulary, mean_row
 from jaxmed.config import (
     DecoderConfig,
@@ -32,7 +26,6 @@ from jaxmed.config import (
     RopeConfig,
     VisualConfig,
 )
-from jaxmed.errors import UserError
 from jaxmed.models.vlm import Vlm
 from jaxmed.sharding import make_mesh
 
@@ -209,33 +202,3 @@ def test_identity():
     assert Identity().fits((3, 4), (3, 4)) and not Identity().fits((4, 3), (3, 4))
     np.testing.assert_array_equal(Identity().read(array, (3, 4), (slice(1, 2), slice(0, 3))), array[1:2, :3])
     assert Identity().write(array, None) is array
-
-
-def test_canonical_names():
-    peft = [
-        "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight",
-        "base_model.model.model.mm_projector.proj.0.bias",
-        "base_model.model.lm_head.weight",
-    ]
-    assert canonical_names(peft, "d") == {
-        "model.layers.0.mlp.up_proj.lora_A.weight": peft[0],
-        "model.mm_projector.proj.0.bias": peft[1],
-        "lm_head.weight": peft[2],
-    }
-    for name in (
-        "model.mm_projector.proj.0.weight",
-        "mm_projector.proj.0.weight",
-        "base_model.model.mm_projector.proj.0.weight",
-    ):
-        assert canonical_names([name], "d") == {"model.mm_projector.proj.0.weight": name}
-    older = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.default.weight"
-    assert list(canonical_names([older], "d")) == ["model.layers.1.self_attn.q_proj.lora_B.weight"]
-    plain = ["model.embed_tokens.weight", "lm_head.weight"]
-    assert list(canonical_names(plain, "d")) == plain
-    with pytest.raises(UserError, match="same tensor"):
-        canonical_names(["mm_projector.proj.0.weight", "model.mm_projector.proj.0.weight"], "d")
-
-
-def test_ignored_tensors_have_a_reason():
-    assert "rope" in ignored_reason("model.layers.3.self_attn.rotary_emb.inv_freq")
-    assert ignored_reason("model.layers.3.self_attn.q_proj.weight") == ""
