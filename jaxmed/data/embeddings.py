@@ -63,7 +63,7 @@ def read_header(path: str) -> Header:
                 found = ", ".join(sorted(names)) or "nothing"
                 raise UserError(f"{path}: no array `arr` or `codes` in it (found: {found}); write the tokens under `arr`")
             with archive.open(names[key]) as member:
-                shape, dtype, _, offset = _read_npy_header(member)
+                shape, dtype, _, offset = read_npy_header(member)
             if not dtype.hasobject and names[key].file_size != offset + dtype.itemsize * math.prod(shape):
                 raise UserError(f"{path}: `{key}` is cut short; copy or encode the file again")
             encoder = _read_encoder(archive, path) if "encoder" in names else ""
@@ -76,7 +76,7 @@ def read_header(path: str) -> Header:
     return Header(path, _token_shape(path, key, shape, dtype), dtype.name, key, encoder)
 
 
-def _read_npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+def read_npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     """Shape, dtype, whether the first axis runs fastest, and length of the header in bytes."""
     version = np.lib.format.read_magic(member)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -90,7 +90,7 @@ def _read_npy_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool
 def _read_member(path: str, key: str) -> np.ndarray:
     """The array `key` of a file whose header is known to be sound; read-only."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as member:
-        shape, dtype, fortran, _ = _read_npy_header(member)
+        shape, dtype, fortran, _ = read_npy_header(member)
         return np.frombuffer(member.read(), dtype).reshape(shape, order="F" if fortran else "C")
 
 

@@ -1,0 +1,151 @@
+"""One image of any kind as the arrays of a batch hold it, and what a file's header says against it.
+
+    kind         a file                        values                                    grid
+    embeddings   .npz, float or codes          [N, C] float32                            of the file, merged
+    codes        .npz                          [N'] uint32, N' before merging            of the file, merged
+    pixels       PNG, JPEG, ...                [H, W, 3] float32, normalised             the tower's, (1, rows, columns)
+    volumes      .npy, prepared                [D, H, W, 1] float32                      the tower's
+    slices       .nii, .nii.gz                 [S, H, W] float32 from 0 to 1             (S, 1, 1)
+
+N tokens of an image, C features, D, H, W depth, rows and columns, S slices. A source is a path, or an array as the file would
+give it. The first two kinds may differ in N from file to file; what a tower reads has `visual.tokens` tokens always.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxmed.config import DataConfig, VisualConfig
+from jaxmed.data import embeddings, images, slices
+from jaxmed.data.embeddings import Grid
+from jaxmed.errors import UserError
+
+Source = str | os.PathLike | np.ndarray
+TOKEN_KINDS = ("embeddings", "codes")
+"""Kinds whose files hold tokens; the others are what a tower reads"""
+FOLDERS = {"embeddings": "embeddings", "codes": "embeddings", "pixels": "images", "volumes": "volumes", "slices": "volumes"}
+"""Kind -> the field of the data config that names the folder of its files"""
+
+
+@dataclass(frozen=True)
+class VisualInput:
+    values: np.ndarray
+    """See the table above"""
+    grid: Grid
+    """Tokens along (depth, rows, columns)"""
+
+
+def read_input(source: Source, visual: VisualConfig) -> VisualInput:
+    """Reads a file whole (or checks an array); UserError names the file."""
+    path = None if isinstance(source, np.ndarray) else os.fspath(source)
+    if visual.kind == "none":
+        raise UserError(f"{path or 'an image array'}: the model reads no images (visual.kind is none)")
+    if visual.kind in TOKEN_KINDS:
+        found = embeddings.load_tokens(path, visual) if path else embeddings.array_tokens(np.asarray(source), visual)
+        return VisualInput(*found)
+    if visual.kind == "pixels":
+        return VisualInput(images.load_pixels(source, visual.pixels), visual.grid)
+    if visual.kind == "volumes":
+        return VisualInput(
+            _read_volume(path, visual) if path else _checked_volume(source, "a volume array", visual), visual.grid
+        )
+    return VisualInput(slices.load_slices(source, visual.slices, visual.pixels.side, visual.window), (visual.slices, 1, 1))
+
+
+def token_count(grid: Grid, visual: VisualConfig) -> int:
+    """Tokens of an image with this grid: a tower may add some of its own, a class token for one."""
+    return math.prod(grid) if visual.kind in TOKEN_KINDS else visual.tokens
+
+
+def image_array_shape(visual: VisualConfig, rows: int, images: int, tokens: int) -> tuple[tuple[int, ...], type]:
+    """Shape and dtype of Batch.images for `rows` rows of `images` images with `tokens` tokens at most."""
+    side = visual.pixels.side
+    if visual.kind == "codes":
+        return (rows, images, tokens * math.prod(visual.merge)), np.uint32
+    if visual.kind == "pixels":
+        return (rows, images, side, side, 3), np.float32
+    if visual.kind == "volumes":
+        return (rows, images, *visual.volume, 1), np.float32
+    if visual.kind == "slices":
+        return (rows, images, visual.slices, side, side), np.float32
+    return (rows, images, tokens, visual.features), np.float32
+
+
+def image_ndim(visual: VisualConfig) -> int:
+    return len(image_array_shape(visual, 0, 0, 0)[0])
+
+
+def input_folder(data: DataConfig, visual: VisualConfig) -> str:
+    """The folder of the data set's image files, "" where none is given."""
+    folders = {"embeddings": data.embeddings, "images": data.images, "volumes": data.volumes}
+    return "" if visual.kind == "none" else folders[FOLDERS[visual.kind]]
+
+
+def input_path(folder: str, name: str, visual: VisualConfig) -> str:
+    """The file that a record's `image` means: token files by upstream's rule, others in the folder or where they say."""
+    return embeddings.npz_path(folder, name) if visual.kind in TOKEN_KINDS else os.path.join(folder, name)
+
+
+def check_header(path: str, visual: VisualConfig) -> str:
+    """What keeps a file from serving under `visual`, as far as its head shows; "" if nothing does."""
+    try:
+        if visual.kind in TOKEN_KINDS:
+            problem = embeddings.header_problem(embeddings.read_header(path), visual)
+            return f"{path}: {problem}" if problem else ""
+        if visual.kind == "volumes":
+            _volume_header(path, visual)
+    except UserError as error:
+        return str(error)
+    if visual.kind == "pixels":
+        return images.header_problem(path)
+    return slices.header_problem(path) if visual.kind == "slices" else ""
+
+
+# -- prepared volumes ------------------------------------------------------------------------------------------------------
+
+
+def _volume_header(path: str, visual: VisualConfig) -> tuple[tuple[int, ...], np.dtype, bool, int]:
+    """Shape, dtype, whether the first axis runs fastest, and where the values begin."""
+    if path.endswith((".nii", ".nii.gz")):
+        raise UserError(f"{path}: is a NIfTI file; visual.kind volumes takes volumes prepared for the tower, .npy")
+    try:
+        with open(path, "rb") as file:
+            shape, dtype, fortran, offset = embeddings.read_npy_header(file)
+        size = os.path.getsize(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the folder of the volumes") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy file ({error}); prepare the volume again") from None
+    _check_volume(path, shape, dtype, visual)
+    if size < offset + dtype.itemsize * math.prod(shape):
+        raise UserError(f"{path}: is cut short; copy or prepare the volume again")
+    return shape, dtype, fortran, offset
+
+
+def _check_volume(name: str, shape: tuple[int, ...], dtype: np.dtype, visual: VisualConfig) -> None:
+    if shape not in (visual.volume, (1, *visual.volume)):
+        raise UserError(f"{name}: shape {shape}; the model reads {(1, *visual.volume)} or {tuple(visual.volume)}")
+    if dtype.kind != "f":
+        raise UserError(f"{name}: values of type {dtype}; a prepared volume holds floating-point numbers")
+
+
+def _read_volume(path: str, visual: VisualConfig) -> np.ndarray:
+    shape, dtype, fortran, offset = _volume_header(path, visual)
+    try:
+        values = np.fromfile(path, dtype, math.prod(shape), offset=offset).reshape(shape, order="F" if fortran else "C")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy or prepare the volume again") from None
+    return _checked_volume(values, path, visual)
+
+
+def _checked_volume(array: np.ndarray, name: str, visual: VisualConfig) -> np.ndarray:
+    """-> [D, H, W, 1] float32"""
+    _check_volume(name, array.shape, array.dtype, visual)
+    with np.errstate(over="ignore"):  # what overflows is found just below
+        values = array.reshape(*visual.volume, 1).astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        bad = int(values.size - np.isfinite(values).sum())
+        raise UserError(f"{name}: {bad} of {values.size} values are NaN or infinite in float32; prepare the volume again")
+    return values
