@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxmed.checkpoint import manager
+from jaxmed.checkpoint.decoder_tables import EMBED
 from jaxmed.checkpoint.folders import detect
 from jaxmed.checkpoint.hf_io import TensorFolder, open_folder
-from jaxmed.checkpoint.hf_tables import EMBED
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.projector_tables import PROJECTOR
 from jaxmed.config import Experiment, from_dict

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmed.checkpoint import export_config
-from jaxmed.checkpoint.hf_tables import EMBED, decoder_rows, lora_rows
+from jaxmed.checkpoint.decoder_tables import EMBED, decoder_rows, lora_rows
 from jaxmed.checkpoint.load import Path
 from jaxmed.checkpoint.names import PEFT_PREFIX
 from jaxmed.checkpoint.projector_tables import projector_rows
@@ -23,6 +23,7 @@ from jaxmed.checkpoint.tensor_files import Tensor, cast
 from jaxmed.checkpoint.values import Values
 from jaxmed.config import Experiment
 from jaxmed.errors import UserError
+from jaxmed.nn.block import adapter_paths
 from jaxmed.nn.linear import Adapter, merged_weight
 
 Format = Literal["hf", "peft", "llava"]
@@ -76,34 +77,36 @@ class _Planner:
         if lost:
             raise UserError(f"{', '.join(lost[:5])}: no folder of this model holds them; give the base (--base)")
         return [
-            self._tensor(group, layer, prefix, merge) for group in groups.values() for layer in range(max(group[0].layers, 1))
+            self._tensor(group, layer, shape, prefix, merge)
+            for group in groups.values()
+            for shape in [self._shape(group)]
+            for layer in range(max(group[0].layers, 1))
         ]
 
-    def _tensor(self, group: list[Row], layer: int, prefix: str, merge: bool) -> Tensor:
+    def _tensor(self, group: list[Row], layer: int, shape: tuple[int, ...], prefix: str, merge: bool) -> Tensor:
         values, paths = self.values, [_stacked(row) for row in group]
         name = group[0].theirs.replace(LAYER, str(layer))
-        used = list(paths)
-        halves = [(*paths[0][:-1], half) for half in ("lora_a", "lora_b")]
-        merged = merge and paths[0][-1] == "weight" and halves[1] in values.shapes and values.stored(halves[1])
+        adapters = [adapter_paths(path, values.shapes) if merge else None for path in paths]
+        adapters = [pair if pair and values.stored(pair[1]) else None for pair in adapters]
+        used = [*paths, *(path for pair in adapters if pair for path in pair)]
         rule = " + ".join(repr(row.transform) for row in group)
-        if merged:
-            used += halves
+        if any(adapters):
             rule += f" + merged LoRA, {self.adapter.alpha:g} / {self.adapter.rank} * B A in float32"
 
         dtype = self._dtype(name, paths, layer, merge)
 
         def make() -> np.ndarray:
             theirs = None
-            for row, path in zip(group, paths, strict=True):
+            for row, path, pair in zip(group, paths, adapters, strict=True):
                 ours = values.read(path, layer)
-                if merged:
-                    ours = _merge(ours, *(values.read(half, layer) for half in halves), self.adapter)
+                if pair:
+                    ours = _merge(ours, *(values.read(half, layer) for half in pair), self.adapter)
                 theirs = row.transform.write(cast(ours, dtype), theirs)  # or joining two dtypes takes a wider array
             return theirs
 
         return Tensor(
             prefix + name,
-            self._shape(group, paths),
+            shape,
             dtype,
             make,
             "/".join(paths[0]),
@@ -111,12 +114,12 @@ class _Planner:
             tuple(dict.fromkeys(values.source(path, layer) for path in used)),
         )
 
-    def _shape(self, group: list[Row], paths: list[Path]) -> tuple[int, ...]:
-        """Of theirs, from arrays that take no memory; rows that are laid over others change no shape."""
+    def _shape(self, group: list[Row]) -> tuple[int, ...]:
+        """Of theirs, from arrays that take little memory; rows that are laid over others change no shape."""
         theirs = None
-        for row, path in zip(group, paths, strict=True):
+        for row in group:
             if not row.shared:
-                theirs = row.transform.write(np.broadcast_to(np.float32(0), self.values.shape(path)), theirs)
+                theirs = row.transform.write(np.broadcast_to(np.uint8(0), self.values.shape(_stacked(row))), theirs)
         return theirs.shape
 
     def _dtype(self, name: str, paths: list[Path], layer: int, merge: bool) -> np.dtype:
@@ -220,7 +223,7 @@ def _check_adapter(values: Values, to: str) -> None:
 
 def _lora(values: Values) -> list[Row]:
     """None where the adapters were never trained: their B is zero."""
-    rows = lora_rows(values.experiment.lora, values.experiment.model.decoder.layers)
+    rows = lora_rows(values.experiment.lora, values.experiment.model.decoder)
     return rows if rows and values.stored(_stacked(rows[0])) else []
 
 

@@ -8,10 +8,10 @@ import os
 import shutil
 from typing import Any
 
+from jaxmed.checkpoint.decoder_tables import peft_modules
 from jaxmed.checkpoint.folders import detect
 from jaxmed.checkpoint.hf_config import read_config
 from jaxmed.checkpoint.hf_io import read_json
-from jaxmed.checkpoint.hf_tables import ATTENTION, MLP
 from jaxmed.config import DecoderConfig, Experiment
 from jaxmed.data.tokenizer import Tokenizer, has_tokenizer
 from jaxmed.errors import UserError
@@ -131,10 +131,10 @@ def adapter_config(experiment: Experiment, upstream: str) -> dict[str, Any]:
     """PEFT's; an upstream folder's own where there is one, as far as it holds."""
     path = os.path.join(upstream, "adapter_config.json")
     config = read_json(path) if upstream and os.path.exists(path) else {}
-    lora, modules = experiment.lora, ATTENTION | MLP
+    lora = experiment.lora
     if not config:
         config = _ADAPTER_DEFAULTS | {"base_model_name_or_path": os.path.abspath(experiment.model.base)}
-    targets = [modules[name] for name in lora.targets]
+    targets = peft_modules(experiment.model.decoder, lora.targets)
     if {name.rsplit(".", 1)[-1] for name in config.get("target_modules") or ()} != set(targets):
         config["target_modules"] = targets
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha

@@ -7,12 +7,12 @@ import dataclasses
 import os
 from typing import Any, Literal
 
+from jaxmed.checkpoint.decoder_tables import EMBED, MODULES
 from jaxmed.checkpoint.hf_config import decoder_config, decoder_of, read_config
 from jaxmed.checkpoint.hf_io import MODEL_FILES, TensorFolder, open_folder, read_json
-from jaxmed.checkpoint.hf_tables import ATTENTION, EMBED, MLP
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.projector_tables import PROJECTOR
-from jaxmed.config import DecoderConfig, Experiment, LoraConfig, ProjectorConfig, VisualConfig
+from jaxmed.config import LORA_TARGETS, DecoderConfig, Experiment, LoraConfig, ProjectorConfig, VisualConfig
 from jaxmed.data.tokenizer import has_tokenizer
 from jaxmed.errors import UserError
 
@@ -142,14 +142,13 @@ def lora_config(adapter: dict[str, Any], folder: str) -> LoraConfig:
     for name, known in _PLAIN_LORA.items():
         if adapter.get(name, known[0]) not in known:
             raise UserError(f"{where}: {name} is {adapter[name]!r}; plain LoRA ({name} {known[0]!r}) is supported")
-    modules = {theirs: ours for ours, theirs in (ATTENTION | MLP).items()}
     named = adapter.get("target_modules")
     if not isinstance(named, list) or not named:
         raise UserError(f"{where}: target_modules is {named!r}, a list of module names is needed")
     last = {name.rsplit(".", 1)[-1] for name in named}
-    unknown = sorted(last - set(modules))
+    unknown = sorted(last - set(MODULES))
     if unknown:
-        raise UserError(f"{where}: target_modules has {', '.join(unknown)}; known are {', '.join(modules)}")
+        raise UserError(f"{where}: target_modules has {', '.join(unknown)}; known are {', '.join(MODULES)}")
     missing = [name for name in ("r", "lora_alpha") if not isinstance(adapter.get(name), int | float)]
     if missing:
         raise UserError(f"{where}: has no {' and no '.join(missing)}")
@@ -157,7 +156,7 @@ def lora_config(adapter: dict[str, Any], folder: str) -> LoraConfig:
         rank=adapter["r"],
         alpha=float(adapter["lora_alpha"]),
         dropout=float(adapter.get("lora_dropout", 0.0)),
-        targets=tuple(ours for theirs, ours in modules.items() if theirs in last),
+        targets=tuple(name for name in LORA_TARGETS if any(name in MODULES[theirs] for theirs in last)),
     )
 
 

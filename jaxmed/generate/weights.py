@@ -16,6 +16,7 @@ from jaxmed.checkpoint.load import read_params
 from jaxmed.checkpoint.sources import weight_sources
 from jaxmed.config import Experiment, LoraConfig
 from jaxmed.models.vlm import Vlm
+from jaxmed.nn.block import adapter_paths
 from jaxmed.nn.linear import Adapter, merged_weight
 from jaxmed.sharding import Rules, state_specs, to_shardings, unsplit_axis, without_axes
 from jaxmed.train.init import Leaves, blueprint, flatten, materialise, unflatten
@@ -58,8 +59,8 @@ def load_weights(experiment: Experiment, mesh: Mesh, rules: Rules, split: bool) 
     params = {}
     for path, leaf in wanted.items():
         weight = parts[path] if path in parts else frozen.pop(path)
-        adapter = [parts.get((*path[:-1], name)) for name in ("lora_a", "lora_b")]
-        params[path] = merge(weight, *adapter, leaf.sharding) if adapter[1] is not None else weight.astype(dtype)
+        adapter = adapter_paths(path, parts)
+        params[path] = merge(weight, *(parts[p] for p in adapter), leaf.sharding) if adapter else weight.astype(dtype)
     return Weights(graphdef, unflatten(params), merged)
 
 

@@ -23,7 +23,7 @@ from jaxmed.nn.dropout import Dropout
 from jaxmed.nn.linear import product
 from jaxmed.nn.norm import RMSNorm
 from jaxmed.nn.param import gathered, normal
-from jaxmed.nn.rope import rope_angles
+from jaxmed.nn.rope import is_long, rope_angles
 from jaxmed.sharding import Rules
 from jaxmed.types import KVCache
 
@@ -92,6 +92,17 @@ class Decoder(nnx.Module):
     def mask(self) -> Mask:
         return Mask(causal=True, window=self.config.window)
 
+    def _angles(self, positions: jax.Array, long: jax.Array | bool) -> tuple[jax.Array, jax.Array]:
+        return rope_angles(positions, self.config.rope, self.config.head_dim, long)
+
+    def _reaches_far(self, last: jax.Array, left: jax.Array | int) -> jax.Array | bool:
+        """Which of longrope's lists a cached sequence uses: its last position so far [B, 1], slots left -> [B, 1] bool.
+
+        Decided once for prompt and answer together, by the room in the cache: cached keys are never rotated again. (In
+        transformers an answer that crosses the limit starts with the short list and is computed anew with the long one there.)
+        """
+        return last + left >= self.config.rope.original_positions if self.config.rope.scaling == "longrope" else False
+
     def __call__(
         self,
         h: jax.Array,
@@ -103,7 +114,7 @@ class Decoder(nnx.Module):
         dropout: Dropout | None,
     ) -> jax.Array:
         """Embeddings h [B, T, D] -> hidden states after the final norm [B, T, D]; positions and segment_ids [B, T]"""
-        angles = rope_angles(positions, self.config.rope, self.config.head_dim)
+        angles = self._angles(positions, is_long(positions, segment_ids, self.config.rope))
 
         def attend(q, k, v):
             return attention(q, k, v, positions, segment_ids, self.mask, layout, rules), None
@@ -125,7 +136,8 @@ class Decoder(nnx.Module):
         self, h: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: KVCache, layout: Layout, rules: Rules
     ) -> tuple[jax.Array, KVCache]:
         """Fills an empty cache with a prompt and returns its hidden states. h [B, T, D], padded on the left (segment 0)."""
-        angles = rope_angles(positions, self.config.rope, self.config.head_dim)
+        slots, length = cache.positions.shape[1], positions.shape[1]
+        angles = self._angles(positions, self._reaches_far(jnp.max(positions, axis=1, keepdims=True), slots - length))
 
         def attend(layer_keys, layer_values):
             def inner(q, k, v):
@@ -135,14 +147,14 @@ class Decoder(nnx.Module):
             return inner
 
         h, keys, values = self._run_cached(h, angles, attend, cache, rules)
-        slots, length = cache.positions.shape[1], positions.shape[1]
         pad = ((0, 0), (0, slots - length))
         cache = KVCache(keys, values, jnp.pad(positions, pad), jnp.pad(segment_ids != 0, pad), jnp.int32(length))
         return self.norm(h, rules), cache
 
     def step(self, h: jax.Array, position: jax.Array, cache: KVCache, rules: Rules) -> tuple[jax.Array, KVCache]:
         """One token: h [B, 1, D], position [B] -> hidden states [B, 1, D] and the cache with one more slot."""
-        angles = rope_angles(position[:, None], self.config.rope, self.config.head_dim)
+        left = cache.positions.shape[1] - 1 - cache.cursor
+        angles = self._angles(position[:, None], self._reaches_far(position[:, None], left))
         here = jnp.arange(cache.positions.shape[1]) == cache.cursor
         positions = jnp.where(here, position[:, None], cache.positions)
         valid = cache.valid | here

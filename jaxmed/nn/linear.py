@@ -1,8 +1,12 @@
 """The one Linear, with its optional LoRA adapter.
 
 y = W x + b + alpha / rank * B (A dropout(x)). W [out, in] is stored as Hugging Face stores it. A [R, in] and B [out, R], which
-starts at zero, are stored split over fsdp and tensor alike, with their moments; used split as input and output are. LoRA: Hu
-et al., arXiv 2106.09685; layout and initialisation as in huggingface/peft, src/peft/tuners/lora/layer.py.
+starts at zero, are stored split over fsdp and tensor alike, with their moments; used split as input and output are. A group of
+Linears over the same x that upstream has as one matrix (q, k, v of Phi-3) shares one A, and one dropout mask: `SharedAdapter`
+holds it, the Linears hold their own B. LoRA: Hu et al., arXiv 2106.09685; layout and initialisation as in huggingface/peft,
+src/peft/tuners/lora/layer.py.
+
+Axis letters: B batch, T text, R rank.
 """
 
 import dataclasses
@@ -23,6 +27,8 @@ class Adapter:
 
     rank: int
     alpha: float
+    shared: bool = False
+    """Whether A is that of a group, which hands in A dropout(x)"""
 
     @property
     def scale(self) -> float:
@@ -53,25 +59,52 @@ class Linear(nnx.Module):
         self.weight = normal(key_w, shape, std, axes) if std >= 0 else uniform(key_w, shape, bound, axes)
         if bias:
             self.bias = uniform(key_b, (out_features,), bound if std < 0 else 0.0, axes[:1])
-        if adapter.rank:
+        if adapter.rank and not adapter.shared:
             self.lora_a = uniform(key_a, (adapter.rank, in_features), bound, (None, "adapter"))
+        if adapter.rank:
             self.lora_b = constant((out_features, adapter.rank), 0.0, ("adapter", None))
         # the feature axes as activations have them: fsdp splits parameters alone
         self.out_axis, self.in_axis = (axis if axis != "embed" else None for axis in axes)
         self.has_bias, self.adapter = bias, adapter
 
-    def __call__(self, x: jax.Array, rules: Rules, axes: Axes, dropout: Dropout | None) -> jax.Array:
-        """`axes`: logical axes of the output as an activation, such as ("batch", "length", "heads")."""
+    def __call__(
+        self, x: jax.Array, rules: Rules, axes: Axes, dropout: Dropout | None, reduced: jax.Array | None = None
+    ) -> jax.Array:
+        """`axes`: logical axes of the output as an activation, such as ("batch", "length", "heads").
+
+        `reduced` [B, T, R]: what the group's `SharedAdapter` made of x, where A is shared; `dropout` has done its work there.
+        """
         y = product(x, gathered(self.weight, rules).astype(x.dtype), rules, axes, x.dtype)
         if self.has_bias:
             y = y + gathered(self.bias, rules).astype(x.dtype)
         if self.adapter.rank:
-            a = reshard(self.lora_a[...], rules.spec(None, self.in_axis)).astype(x.dtype)
+            if not self.adapter.shared:
+                reduced = _reduce(x, self.lora_a, self.in_axis, rules, axes, dropout)
             b = reshard(self.lora_b[...], rules.spec(self.out_axis, None)).astype(x.dtype)
-            dropped = dropout(x, rules, self.in_axis) if dropout is not None else x
-            z = jnp.einsum("bti,ri->btr", dropped, a, out_sharding=rules.spec(*axes[:-1], None))
-            y = y + self.adapter.scale * jnp.einsum("btr,or->bto", z, b, out_sharding=rules.spec(*axes))
+            y = y + self.adapter.scale * jnp.einsum("btr,or->bto", reduced, b, out_sharding=rules.spec(*axes))
         return y
+
+
+class SharedAdapter(nnx.Module):
+    """The one A of a group of Linears over the same x. x [B, T, in] -> A dropout(x) [B, T, R]"""
+
+    def __init__(self, rank: int, in_features: int, in_axis: str | None, key: jax.Array):
+        """`in_axis`: the Linears' input axis, as their weights name it."""
+        self.lora_a = uniform(key, (rank, in_features), in_features**-0.5, (None, "adapter"))
+        self.in_axis = in_axis if in_axis != "embed" else None
+
+    def __call__(self, x: jax.Array, rules: Rules, axes: Axes, dropout: Dropout | None) -> jax.Array:
+        """`axes`: those of the Linears' output; its last one is theirs alone."""
+        return _reduce(x, self.lora_a, self.in_axis, rules, axes, dropout)
+
+
+def _reduce(
+    x: jax.Array, lora_a: nnx.Param, in_axis: str | None, rules: Rules, axes: Axes, dropout: Dropout | None
+) -> jax.Array:
+    """A dropout(x)"""
+    a = reshard(lora_a[...], rules.spec(None, in_axis)).astype(x.dtype)
+    dropped = dropout(x, rules, in_axis) if dropout is not None else x
+    return jnp.einsum("bti,ri->btr", dropped, a, out_sharding=rules.spec(*axes[:-1], None))
 
 
 def product(x: jax.Array, weight: jax.Array, rules: Rules, axes: Axes, dtype: jnp.dtype) -> jax.Array:

@@ -6,19 +6,24 @@ import jax
 from flax import nnx
 
 from jaxmed.nn.dropout import Dropout
-from jaxmed.nn.linear import Linear
+from jaxmed.nn.linear import Linear, SharedAdapter
 from jaxmed.sharding import Rules
 
 
 class GatedMlp(nnx.Module):
-    def __init__(self, make: Callable[..., Linear], width: int, hidden: int):
-        """`make(name, out, in, axes)` builds a Linear with the model's initialisation and adapter."""
+    def __init__(self, make: Callable[..., Linear], share: Callable[..., SharedAdapter | None], width: int, hidden: int):
+        """`make(name, out, in, axes)` builds a Linear with the model's initialisation and adapter, `share` a group's A."""
         self.gate = make("gate", hidden, width, ("mlp", "embed"))
         self.up = make("up", hidden, width, ("mlp", "embed"))
         self.down = make("down", width, hidden, ("embed", "mlp"))
+        shared = share("gate_up", width, "embed")
+        if shared is not None:
+            self.gate_up = shared
+        self.shares = shared is not None
 
     def __call__(self, x: jax.Array, rules: Rules, dropout: Dropout | None) -> jax.Array:
         drop = [dropout.fold(n) if dropout is not None else None for n in (4, 5, 6)]
-        gate = self.gate(x, rules, ("batch", "length", "mlp"), drop[0])
-        up = self.up(x, rules, ("batch", "length", "mlp"), drop[1])
+        inner = ("batch", "length", "mlp")
+        reduced = self.gate_up(x, rules, inner, drop[0]) if self.shares else None
+        gate, up = self.gate(x, rules, inner, drop[0], reduced), self.up(x, rules, inner, drop[1], reduced)
         return self.down(jax.nn.silu(gate) * up, rules, ("batch", "length", None), drop[2])

@@ -78,9 +78,9 @@ def test_biases_are_named_as_in_models_that_have_them():
 def test_adapter_names_are_those_of_peft():
     targets = ("o", "q", "down")
     peft = get_peft_model(torch_model(), PeftConfig(r=3, target_modules=[f"{t}_proj" for t in targets], task_type="CAUSAL_LM"))
-    names = names_of(lora_rows(LoraConfig(rank=3, targets=targets), 3))
+    names = names_of(lora_rows(LoraConfig(rank=3, targets=targets), DECODER))
     assert {PEFT_PREFIX + name for name in names} == set(get_peft_model_state_dict(peft))
-    assert lora_rows(LoraConfig(rank=0), 3) == []
+    assert lora_rows(LoraConfig(rank=0), DECODER) == []
 
 
 class Pooled(torch.nn.Module):

@@ -109,7 +109,7 @@ def test_rotation_depends_on_distance_alone_and_keeps_lengths():
     q, k = x_of(1, 1, 1, 10), x_of(1, 1, 1, 10, seed=1)
 
     def turned(x, position):
-        return np.asarray(rotate(x, rope_angles(jnp.full((1, 1), position), rope, 10)))[0, 0, 0]
+        return np.asarray(rotate(x, rope_angles(jnp.full((1, 1), position), rope, 10, False)))[0, 0, 0]
 
     dots = [turned(q, p) @ turned(k, p - 7) for p in (7, 40, 1999)]
     np.testing.assert_allclose(dots, dots[0], atol=2e-3)
@@ -137,7 +137,7 @@ def test_llama3_scaling_has_three_regions():
 
 def test_angles_of_far_positions_are_float32_exact():
     rope = RopeConfig(500000.0, "llama3")
-    cos, _ = rope_angles(jnp.asarray([[131071, 33000]]), rope, 128)
+    cos, _ = rope_angles(jnp.asarray([[131071, 33000]]), rope, 128, False)
     exact = np.cos(np.asarray([131071, 33000])[:, None] * inverse_frequencies(rope, 128).astype(np.float64))
     assert np.abs(np.asarray(cos[0]) - exact).max() < 0.01, "float32 angles err by half a unit in the last place, 0.008 at most"
 
