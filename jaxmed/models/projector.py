@@ -1,16 +1,22 @@
-"""From image tokens to the decoder's width: linear, MLP, and BTB3D's attention pool.
+"""From image tokens to the decoder's width: linear, MLP, BTB3D's attention pool, M3D's means and groups of neighbours.
 
-The pool (left out as published, `bypass_pool`) reads the tokens with learned queries; before it a 3-D sinusoidal position code
-is added. Sources: BTB3D (arXiv 2510.20639), ibrahimethemhamamci/BTB3D, report-generation/llava/model/multimodal_projector.
+BTB3D's pool (left out as published, `bypass_pool`) reads the tokens with learned queries; before it a 3-D sinusoidal position
+code is added. M3D's `spp` takes means over cubes of the token grid, or over as many tokens in a row, and projects them;
+`minigpt` and `vanilla` join four tokens in a row. Sources: BTB3D (arXiv 2510.20639), ibrahimethemhamamci/BTB3D,
+report-generation/llava/model/multimodal_projector; M3D (arXiv 2404.00578), BAAI-DCAI/M3D, LaMed/src/model/multimodal_projector.
 
-Axis letters: B batch, I images, N tokens an image, C features, E queries of the pool, D decoder width, H head width.
+Axis letters: B batch, I images, N tokens an image, C features, E tokens after pooling, D decoder width, H head width.
 """
+
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxmed.config import ProjectorConfig, VisualConfig
+from jaxmed.model_config import GROUP, require
 from jaxmed.nn.linear import Linear
 from jaxmed.nn.norm import LayerNorm
 from jaxmed.nn.param import constant, gathered, normal
@@ -21,8 +27,10 @@ TORCH_INIT = -1.0
 
 class Projector(nnx.Module):
     def __init__(self, config: ProjectorConfig, visual: VisualConfig, width: int, key: jax.Array):
+        _check(config, visual, width)
         key_pool, key_positions, *keys = jax.random.split(key, 2 + config.depth)
-        sizes = [visual.features] + [width] * config.depth
+        joined = GROUP if config.kind in ("minigpt", "vanilla") else 1
+        sizes = [visual.features * joined] + [width] * config.depth
         make = [
             Linear(out, into, ("embed", None), k, std=TORCH_INIT, bias=True)
             for into, out, k in zip(sizes, sizes[1:], keys, strict=False)
@@ -35,14 +43,15 @@ class Projector(nnx.Module):
             self.norm_mean = constant((visual.tokens, visual.features), 0.0, (None, None))
             self.norm_sd = constant((visual.tokens, visual.features), 1.0, (None, None))
         if visual.positions:
-            rows = config.pool_queries if config.pooled else visual.tokens
+            rows = config.places(visual.tokens, visual.grid)
             self.positions = normal(key_positions, (rows, width), 0.02, (None, "embed"))
         self.config, self.visual = config, visual
+        self.straight = config.kind == "spp" and config.spp_head == "linear"
 
     @property
     def position_wise(self) -> bool:
         """Whether a token's projection depends on that token alone: then tokens are gathered first and projected after."""
-        return not self.config.pooled
+        return self.config.position_wise
 
     def normalised(self, features: jax.Array) -> jax.Array:
         """[B, I, N, C] -> the same, by the fixed statistics where the model has them. They receive no gradient."""
@@ -54,23 +63,72 @@ class Projector(nnx.Module):
     def project(self, x: jax.Array, token: jax.Array, rules: Rules, length_axis: str | None) -> jax.Array:
         """x [B, T, C] -> [B, T, D]; token [B, T], each one's index within its image (for the position table)"""
         axes = ("batch", length_axis, None)
+        bend = partial(jax.nn.gelu, approximate=False) if not self.straight else lambda x: x
         for number, layer in enumerate(self.layers):
-            x = layer(jax.nn.gelu(x, approximate=False) if number else x, rules, axes, None)
+            x = layer(bend(x) if number else x, rules, axes, None)
         if self.visual.positions:
             table = gathered(self.positions, rules).astype(x.dtype)
             x = x + table.at[token].get(out_sharding=rules.spec(*axes))
         return x
 
     def __call__(self, features: jax.Array, token_mask: jax.Array, grid: jax.Array, rules: Rules) -> jax.Array:
-        """All images whole: features [B, I, N, C], token_mask [B, I, N], grid [B, I, 3] -> [B, I * N (or I * E), D]"""
+        """All images whole: features [B, I, N, C], token_mask [B, I, N], grid [B, I, 3] -> [B, I * N (or I * E), D]
+
+        M3D's kinds take the grid of the config, at which every image stands in full.
+        """
         batch, images, _, width = features.shape
         if self.config.pooled:
             coded = features + position_code(grid, features.shape[2], width).astype(features.dtype)
             features = self.pool_norm(self.pool(coded, token_mask))
-        count = features.shape[2]
+        elif self.config.kind == "spp":
+            features = spatial_mean(features, self.visual.grid, self.config.spp_size, self.config.spp_pooling)
+        elif not self.config.position_wise:
+            features = joined_neighbours(features, by_channel=self.config.kind == "vanilla")
+        count, width = features.shape[2:]
         flat = features.reshape(batch, images * count, width, out_sharding=rules.spec("batch", None, None))
         token = jnp.broadcast_to(jnp.arange(images * count) % count, flat.shape[:2], out_sharding=rules.spec("batch", None))
         return self.project(flat, token, rules, None)
+
+
+def _check(config: ProjectorConfig, visual: VisualConfig, width: int) -> None:
+    """What the projector's and the visual input's settings must agree on."""
+    kind, tokens, grid = f"model.projector.kind {config.kind}", visual.tokens, visual.grid
+    if config.depth == 0:
+        same = visual.features == width
+        require(
+            same, f"{kind}: visual.features is {visual.features}, the decoder's width {width}; without layers they must agree"
+        )
+    if config.kind == "spp" and config.spp_pooling == "spatial":
+        whole = math.prod(grid) == tokens
+        require(whole, f"{kind}: visual.tokens is {tokens}, but visual.grid {grid} has {math.prod(grid)}; select patches alone")
+    if config.kind in ("minigpt", "vanilla"):
+        require(tokens % GROUP == 0, f"{kind}: visual.tokens is {tokens}; it must be a multiple of {GROUP}")
+    if config.kind == "spp":
+        left = config.places(tokens, grid)
+        require(
+            left > 0, f"model.projector.spp_size {config.spp_size} leaves no token of the grid {grid}; choose a smaller one"
+        )
+
+
+def spatial_mean(features: jax.Array, grid: tuple[int, int, int], size: int, pooling: str) -> jax.Array:
+    """[B, I, N, C] -> [B, I, E, C]: means, in float32, over cubes of `size` of the grid (depth, rows, columns; "spatial"), or
+    over size^3 tokens in raster order ("sequence"). What is left over at the end of an axis is dropped."""
+    lead, width = features.shape[:2], features.shape[-1]
+    if pooling == "sequence":
+        count = features.shape[2] // size**3
+        groups = features[:, :, : count * size**3].reshape(*lead, count, size**3, width)
+        return jnp.mean(groups, axis=3, dtype=jnp.float32).astype(features.dtype)
+    d, r, c = (n // size for n in grid)
+    x = features.reshape(*lead, *grid, width)[:, :, : d * size, : r * size, : c * size]
+    x = x.reshape(*lead, d, size, r, size, c, size, width)
+    return jnp.mean(x, axis=(3, 5, 7), dtype=jnp.float32).astype(features.dtype).reshape(*lead, d * r * c, width)
+
+
+def joined_neighbours(features: jax.Array, by_channel: bool) -> jax.Array:
+    """[B, I, N, C] -> [B, I, N / 4, 4 C]: four tokens in a row, one after the other, or (`by_channel`) interleaved."""
+    groups = features.reshape(*features.shape[:2], -1, GROUP, features.shape[-1])
+    groups = groups.swapaxes(-1, -2) if by_channel else groups
+    return groups.reshape(*groups.shape[:3], -1)
 
 
 class AttentionPool(nnx.Module):
