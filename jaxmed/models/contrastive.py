@@ -1,0 +1,71 @@
+"""M3D-CLIP: an image tower and a text encoder whose projected, normalised tokens share one space.
+
+The contrastive vector is the first token of each: the tower's class token, the text's [CLS]. The loss is that of the global
+batch, whatever the mesh. The scale multiplies the cosine as it is: upstream has no exponential, and no bound.
+
+Axis letters: B pairs, N image tokens with the class token, T text, P projected width.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import reshard
+
+from jaxmed.model_config import TextEncoderConfig, TowerConfig
+from jaxmed.models.text_encoder import TextEncoder
+from jaxmed.models.vit import Vit
+from jaxmed.nn.encoder_block import encoder_rules
+from jaxmed.nn.linear import Linear
+from jaxmed.nn.param import constant
+from jaxmed.sharding import Rules
+
+_SMALLEST_NORM = 1e-12
+_INITIAL_SCALE = math.log(1 / 0.07)
+
+
+class Contrastive(nnx.Module):
+    def __init__(self, tower: TowerConfig, text: TextEncoderConfig, features: int, key: jax.Array):
+        """`features`: P, upstream's width of the tower. The tower gives its class token too (`select_feature` cls_patch)."""
+        if tower.select_feature == "patch":
+            raise ValueError("a contrastive model's tower gives its class token: select_feature is 'cls' or 'cls_patch'")
+        keys = jax.random.split(key, 4)
+        self.tower = Vit(tower, keys[0])
+        self.text = TextEncoder(text, keys[1])
+        axes = (None, "tower")
+        self.vision_projection = Linear(features, tower.width, axes, keys[2], std=-1.0, bias=True)
+        self.text_projection = Linear(features, text.width, axes, keys[3], std=-1.0, bias=True)
+        self.logit_scale = constant((), _INITIAL_SCALE, ())
+
+    def encode_image(self, volumes: jax.Array, rules: Rules, remat: str = "none") -> jax.Array:
+        """volumes [B, depth, rows, columns, 1] in the dtype of the computation -> [B, N, P] float32, every token of length 1"""
+        h = self.tower(volumes, rules, remat)
+        return normalised(self.vision_projection(h, encoder_rules(rules), ("batch", "length", None), None))
+
+    def encode_text(self, ids: jax.Array, mask: jax.Array, rules: Rules, dtype: jnp.dtype, remat: str = "none") -> jax.Array:
+        """ids and mask [B, T] (1 text, 0 padding) -> [B, T, P] float32, every token of length 1"""
+        h = self.text(ids, mask, rules, dtype, remat)
+        return normalised(self.text_projection(h, encoder_rules(rules), ("batch", "length", None), None))
+
+    def loss(self, image: jax.Array, text: jax.Array, rules: Rules) -> jax.Array:
+        """The vectors of B pairs, image and text [B, P] float32 -> [] float32, mean over pairs and both directions."""
+        scale = self.logit_scale[...].astype(jnp.float32)
+        own = scale * jnp.sum(image * text, axis=-1)
+        by_image = scale * products(image, text, rules)
+        by_text = scale * products(text, image, rules)
+        logs = jax.nn.logsumexp(by_image, axis=-1) + jax.nn.logsumexp(by_text, axis=-1)
+        return jnp.mean(0.5 * logs - own)
+
+
+def products(one: jax.Array, other: jax.Array, rules: Rules) -> jax.Array:
+    """one and other [B, P], rows split over the mesh -> one other^T [B, B]: each shard has its own rows, all columns."""
+    every = reshard(other, rules.spec(None, None))
+    return jnp.einsum("bp,cp->bc", one, every, out_sharding=rules.spec("batch", None))
+
+
+def normalised(x: jax.Array) -> jax.Array:
+    """Each token over its length, which counts as 1e-12 at least; float32."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, _SMALLEST_NORM**2))
