@@ -87,8 +87,11 @@ class DecoderConfig:
     """Sliding-window attention: a query sees the last `window` positions (0: all)."""
     initializer_range: float = 0.02
     """Standard deviation of freshly initialised weights."""
+    surplus: int = 0
+    """Rows of the base's tables after `vocab`, which no token of its tokenizer has; they are left out."""
 
     def __post_init__(self):
+        require(self.surplus >= 0, f"decoder.surplus is {self.surplus}; it must not be negative")
         for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_dim", "mlp"):
             require(getattr(self, name) > 0, f"decoder.{name} is {getattr(self, name)}; it must be at least 1")
         divides = self.heads % self.kv_heads == 0

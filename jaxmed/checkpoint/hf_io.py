@@ -42,10 +42,13 @@ DTYPES = {
 
 # One of these holds the model (the first found wins: many folders carry it twice) ...
 MODEL_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+# ... or, without any safetensors, one of these: M3D's and SAMF's merged and unmerged models, M3D-CLIP's image tower ...
+BIN_FILES = ("merged_model.bin", "model_with_lora.bin", "pretrained_ViT.bin")
 # ... one of each of these may stand beside it, or alone.
 SIDE_FILES = (("adapter_model.safetensors", "adapter_model.bin"), ("non_lora_trainables.bin",), ("mm_projector.bin",))
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _TESTED_ELEMENTS = 1 << 20
 
@@ -96,8 +99,8 @@ def open_folder(path: str) -> TensorFolder:
         _check_index(path, dict(parts))
     if not parts:
         raise UserError(
-            f"{path}: has no weight file (looked for {', '.join(MODEL_FILES)}, *.safetensors, "
-            f"{', '.join(name for group in SIDE_FILES for name in group)})"
+            f"{path}: has no weight file (looked for {', '.join(MODEL_FILES)}, *.safetensors, {', '.join(BIN_FILES)}, "
+            f"{', '.join(name for group in SIDE_FILES for name in group)}, or a single .bin or .pth file)"
         )
     arrays: dict[str, np.ndarray] = {}
     files_of: dict[str, str] = {}
@@ -123,8 +126,10 @@ def weight_files(path: str) -> list[str]:
         files = [found]
     else:
         files = _loose_shards(path, present)
+    files = files or [name for name in BIN_FILES if name in present][:1]
     for group in SIDE_FILES:
         files += [name for name in group if name in present and name not in files][:1]
+    files = files or _lone_bin(path, present)
     absent = [name for name in files if name not in present]
     if absent:
         raise UserError(f"{path}: {', '.join(absent)} is missing, though the index names it; download the rest of the folder")
@@ -140,6 +145,15 @@ def _loose_shards(path: str, present: set[str]) -> list[str]:
         wanted |= {f"{stem}-{i + 1:05d}-of-{count}.safetensors" for i in range(int(count))}
     if wanted - present:
         raise UserError(f"{path}: {', '.join(sorted(wanted - present))} is missing; download the rest of the folder")
+    return files
+
+
+def _lone_bin(path: str, present: set[str]) -> list[str]:
+    """The one .bin or .pth file of a folder, whatever its name: such as a DINO encoder's, or the model of a SAMF step."""
+    files = sorted(name for name in present if name.endswith((".bin", ".pth")) and name not in _NO_WEIGHTS)
+    files = [name for name in files if not name.startswith("rng_state")]
+    if len(files) > 1:
+        raise UserError(f"{path}: holds {', '.join(files)}, any of which may be the model; keep the one that is meant")
     return files
 
 

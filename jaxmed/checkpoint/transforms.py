@@ -49,22 +49,33 @@ class Identity:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Theirs [base or more rows, D] -> ours [V, D]: rows that theirs lacks get the mean of the base's, padding is zero."""
+    """Theirs [base or more rows, D] -> ours [V, D]: rows that theirs lacks get the mean of the base's, padding is zero.
+
+    `surplus`: rows after the base's in a file whose table is longer than its tokenizer; no token has them, they are left out.
+    """
 
     base: int
     added: int
+    surplus: int = 0
 
     def wanted(self, ours: tuple[int, ...]) -> str:
         rows = f"{self.base}" if not self.added else f"{self.base} to {self.base + self.added}"
+        rows += f" or {self.base + self.surplus}" if self.surplus else ""
         return f"[{rows}, {ours[1]}]"
 
     def fits(self, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-        return len(theirs) == 2 and self.base <= theirs[0] <= self.base + self.added and theirs[1] == ours[1]
+        if len(theirs) != 2 or theirs[1] != ours[1]:
+            return False
+        return self.base <= theirs[0] <= self.base + self.added or theirs[0] == self.base + self.surplus
 
     def read(self, theirs: np.ndarray, ours: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         rows, columns = index
         start, stop, _ = rows.indices(ours[0])
-        return vocabulary_rows(theirs, start, stop, columns, self.base, self.base + self.added)
+        return vocabulary_rows(self.known(theirs), start, stop, columns, self.base, self.base + self.added)
+
+    def known(self, theirs: np.ndarray) -> np.ndarray:
+        """Theirs without the rows that no token has."""
+        return theirs[: self.base] if self.surplus and len(theirs) == self.base + self.surplus else theirs
 
     def write(self, ours: np.ndarray, theirs: np.ndarray | None) -> np.ndarray | None:
         return ours[: self.base + self.added]
@@ -76,16 +87,22 @@ class AddedRows:
 
     base: int
     added: int
+    surplus: int = 0
+
+    @property
+    def _whole(self) -> Vocabulary:
+        return Vocabulary(self.base, self.added, self.surplus)
 
     def wanted(self, ours: tuple[int, ...]) -> str:
-        return Vocabulary(self.base, self.added).wanted(ours)
+        return self._whole.wanted(ours)
 
     def fits(self, theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-        return Vocabulary(self.base, self.added).fits(theirs, ours) and ours[0] == self.added
+        return self._whole.fits(theirs, ours) and ours[0] == self.added
 
     def read(self, theirs: np.ndarray, ours: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(ours[0])
-        return vocabulary_rows(theirs, self.base + start, self.base + stop, index[1], self.base, self.base + self.added)
+        known = self._whole.known(theirs)
+        return vocabulary_rows(known, self.base + start, self.base + stop, index[1], self.base, self.base + self.added)
 
     def write(self, ours: np.ndarray, theirs: np.ndarray | None) -> np.ndarray | None:
         """Alone they are no tensor of upstream's: written into the whole matrix, or not at all."""
