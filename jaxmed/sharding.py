@@ -149,7 +149,7 @@ def replicated(mesh: Mesh, ndim: int = 0) -> NamedSharding:
 
 
 def batch_specs(rules: Rules, order: Order = "natural", image_ndim: int = 4) -> Batch:
-    """A Batch of specs; `image_ndim` is 4 for embeddings, 3 for packed codes."""
+    """A Batch of specs; `image_ndim`: axes of `images`, by the kind of the visual input (data.inputs.image_ndim)."""
     along_t, row = rules.spec("batch", "length"), rules.spec("batch", None)
     return Batch(
         tokens=along_t,

@@ -1,18 +1,19 @@
 """The data set of a run: every record checked before the first step, and the size of each sample.
 
-What can be known without the values of the tokens is checked here, all of it in one list: records, image places, headers of
-the token files, lengths, supervised tokens. Values (NaN) are checked when a file is read.
+What can be known without the values of the images is checked here, all of it in one list: records, image places, headers of
+the image files, lengths, supervised tokens. Values (NaN, pixels) are checked when a file is read.
 """
 
-import math
 from dataclasses import dataclass, field
 
-from jaxmed.config import Experiment
-from jaxmed.data.conversation import check_template
-from jaxmed.data.embeddings import Header, encoder_problem, header_problem, merged_grid, npz_path
+from jaxmed.config import Experiment, VisualConfig
+from jaxmed.data.conversation import TextOptions, check_template, encode_training, reading_of, text_options
+from jaxmed.data.examples import spliced_counts
+from jaxmed.data.input_files import ImageFile, check_files, expected_encoder
+from jaxmed.data.inputs import FOLDERS, TOKEN_KINDS, input_folder, input_path, token_count
 from jaxmed.data.plan import GlobalBatch, Plan, SampleSize, bucket_for, capacity, evaluation_plan
 from jaxmed.data.records import Record, load_records, where
-from jaxmed.data.sizes import Progress, TextSize, read_headers, text_sizes
+from jaxmed.data.sizes import Progress, TextSize, text_sizes
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.errors import BadRecords, Problem, UserError
 
@@ -27,9 +28,11 @@ class Sample:
     record: Record
     size: SampleSize
     paths: tuple[str, ...]
-    """Token file of each image"""
+    """File of each image"""
     tokens: tuple[int, ...]
-    """Tokens of each image in its file, after merging"""
+    """Tokens of each image before the projector: in its file, after merging, or out of the tower"""
+    places: tuple[int, ...]
+    """Places of each image in the text, were nothing cut off"""
 
 
 @dataclass(frozen=True)
@@ -63,34 +66,26 @@ def images_per_row(experiment: Experiment) -> int:
     return 0 if experiment.visual.kind == "none" else experiment.visual.images
 
 
-def text_places(experiment: Experiment, tokens: int) -> int:
-    """Places that an image of `tokens` tokens takes in the text."""
-    return experiment.model.projector.pool_queries if experiment.model.projector.pooled else tokens
-
-
 def scan(experiment: Experiment, tokenizer: Tokenizer, records_path: str, progress: Progress | None = None) -> Dataset:
     """The usable samples of a records file. BadRecords lists all that is wrong, unless `data.on_bad_record` is skip."""
     data, visual = experiment.data, experiment.visual
     check_template(data.template, tokenizer)
-    records, problems = load_records(records_path)
-    with_images = sum(1 for record in records if record.images)
-    if visual.kind != "none" and with_images and not data.embeddings:
-        raise UserError(
-            f"{records_path}: {with_images} records have images; give the folder of their tokens, --data.embeddings"
-        )
-    texts = text_sizes(records, records_path, tokenizer, data.template, progress)
-    paths = [tuple(npz_path(data.embeddings, image) for image in record.images) for record in records]
-    wanted = [path for group in paths for path in group] if visual.kind != "none" else []
-    headers = read_headers(wanted, records_path)
-    signed = (header.encoder for path in wanted if isinstance(header := headers[path], Header) and header.encoder)
-    encoder = visual.encoder or next(signed, "")
+    options = text_options(experiment)
+    records, problems = load_records(records_path, reading_of(experiment))
+    folder = input_folder(data, visual)
+    _check_folder(records, records_path, folder, experiment)
+    texts = text_sizes(records, records_path, tokenizer, data.template, progress, options)
+    paths = [tuple(input_path(folder, image, visual) for image in record.images) for record in records]
+    wanted = [path for group in paths for path in group]
+    files = check_files(wanted, visual, records_path)
+    encoder = expected_encoder(visual, (files[path].encoder for path in wanted if path in files))
     samples, voided = [], []
-    for record, text, files in zip(records, texts, paths, strict=True):
-        faults = _file_faults(record, text, [headers[path] for path in files if path in headers], experiment, encoder)
+    for record, text, group in zip(records, texts, paths, strict=True):
+        faults = _file_faults(record, text, [files[path] for path in group if path in files], experiment)
         if not faults and text.voided:
             voided.append(Problem(where(record), text.voided))
             continue
-        sample = None if faults else _sample(record, text, files, headers, experiment)
+        sample = None if faults else _sample(record, text, group[: text.places], files, experiment, tokenizer, options)
         if sample is not None:
             faults = _size_faults(text, sample, experiment)
         if faults:
@@ -101,40 +96,52 @@ def scan(experiment: Experiment, tokenizer: Tokenizer, records_path: str, progre
         raise BadRecords(problems)
     if not samples:
         raise UserError(_nothing_left(records_path, problems, voided))
-    return Dataset(experiment, tokenizer, tuple(samples), tuple(problems), tuple(voided), encoder, _notices(headers))
+    return Dataset(experiment, tokenizer, tuple(samples), tuple(problems), tuple(voided), encoder, _notices(files, visual))
 
 
-def _file_faults(
-    record: Record, text: TextSize, headers: list[Header | UserError], experiment: Experiment, encoder: str
-) -> list[str]:
+def _check_folder(records: list[Record], records_path: str, folder: str, experiment: Experiment) -> None:
+    with_images = sum(1 for record in records if record.images)
+    if with_images and experiment.visual.kind != "none" and not folder:
+        field = FOLDERS[experiment.visual.kind]
+        what = {"embeddings": "tokens", "images": "files", "volumes": "volumes"}[field]
+        raise UserError(f"{records_path}: {with_images} records have images; give the folder of their {what}, --data.{field}")
+
+
+def _file_faults(record: Record, text: TextSize, files: list[ImageFile], experiment: Experiment) -> list[str]:
     """What is wrong with a record's images, before its lengths can be known."""
     visual = experiment.visual
     if record.images and visual.kind == "none":
         return ["it has an image, but visual.kind is none; set visual.kind, or train on records of text alone"]
     faults = []
-    if text.places != len(record.images):
+    # The cut of a text can take the place of an image with it.
+    lacking = text.places < len(record.images) and not experiment.data.max_length
+    if lacking or text.places > len(record.images):
         faults.append(f"{text.places} places for images, {len(record.images)} images; write one <image> for each image")
     if len(record.images) > visual.images and visual.kind != "none":
         faults.append(
             f"{len(record.images)} images, visual.images is {visual.images}; set visual.images to the most a record has"
         )
-    for header in headers:
-        if isinstance(header, UserError):
-            fault = str(header)
-        else:
-            fault = header_problem(header, visual) or encoder_problem(header, encoder)
-        if fault and fault not in faults:
-            faults.append(fault)
-    return faults
+    return faults + list(dict.fromkeys(file.problem for file in files if file.problem))
 
 
 def _sample(
-    record: Record, text: TextSize, files: tuple[str, ...], headers: dict[str, Header | UserError], experiment: Experiment
+    record: Record,
+    text: TextSize,
+    paths: tuple[str, ...],
+    files: dict[str, ImageFile],
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    options: TextOptions,
 ) -> Sample:
-    tokens = tuple(math.prod(merged_grid(headers[path], experiment.visual)) for path in files)
-    places = sum(text_places(experiment, count) for count in tokens)
-    size = SampleSize(text.length + places, text.supervised, len(tokens), text.words)
-    return Sample(record, size, files, tokens)
+    grids = [files[path].grid for path in paths]
+    tokens = tuple(token_count(grid, experiment.visual) for grid in grids)
+    places = tuple(experiment.places(count, grid) for count, grid in zip(tokens, grids, strict=True))
+    length, supervised = text.length + sum(places), text.supervised
+    if options.max_length and any(count != options.places for count in places):
+        # The text's size was taken with images of the largest size; what is cut off depends on this sample's own.
+        example = encode_training(record, tokenizer, experiment.data.template, options)
+        length, supervised = spliced_counts(example, places, options.max_length)
+    return Sample(record, SampleSize(length, supervised, len(tokens), text.words), paths, tokens, places)
 
 
 def _size_faults(text: TextSize, sample: Sample, experiment: Experiment) -> list[str]:
@@ -161,9 +168,9 @@ def _nothing_left(path: str, problems: list[Problem], voided: list[Problem]) -> 
     )
 
 
-def _notices(headers: dict[str, Header | UserError]) -> tuple[str, ...]:
-    good = [header for header in headers.values() if isinstance(header, Header)]
-    unsigned = sum(not header.encoder for header in good)
-    if not unsigned:
+def _notices(files: dict[str, ImageFile], visual: VisualConfig) -> tuple[str, ...]:
+    good = [file for file in files.values() if not file.problem]
+    unsigned = sum(not file.encoder for file in good)
+    if visual.kind not in TOKEN_KINDS or not unsigned:
         return ()
     return (f"{unsigned} of {len(good)} token files do not name their encoder; make sure that they are of one encoder",)

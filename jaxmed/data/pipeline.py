@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxmed.data.dataset import Dataset, Sample, scan
+from jaxmed.data.inputs import image_ndim
 from jaxmed.data.plan import GlobalBatch
 from jaxmed.data.rows import Arrays, build_rows, permute_batch
 from jaxmed.errors import Problem, UserError
@@ -63,8 +64,7 @@ class Batches(Iterator[tuple[GlobalBatch, Batch]]):
         self._dataset, self._plan, self._on_problem = dataset, plan, on_problem
         self._context = mesh.shape["context"]
         order = "balanced" if self._context > 1 else "natural"
-        image_axes = 3 if dataset.experiment.visual.kind == "codes" else 4
-        self._shardings = to_shardings(batch_specs(rules, order, image_axes), mesh)
+        self._shardings = to_shardings(batch_specs(rules, order, image_ndim(dataset.experiment.visual)), mesh)
         row_map = rules.sharding(mesh, "batch").addressable_devices_indices_map((data.batch,))
         self._rows = local_rows(row_map, data.batch)
         self.data_wait = 0.0

@@ -1,20 +1,20 @@
 """From samples to the arrays of a Batch, as numpy, for any of a global batch's rows.
 
 Shapes as in types.Batch, with R rows instead of B. An image's places in the text point into the row's image tokens, flattened
-over images: place j of the row's image i is i * S + j, where S is visual.tokens, or pool_queries under an attention pool.
-Nothing is shifted on the device: `supervised` holds position t where `labels` holds the token at t + 1 of the same sample.
+over images: place j of the row's image i is i * S + j, where S is what an image of the config's size has after the projector
+(or pool, or fusion). Nothing is shifted on the device: `supervised` holds position t where `labels` holds the token at t + 1 of
+the same sample.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxmed.config import Experiment
-from jaxmed.data.conversation import Example, encode_training
-from jaxmed.data.dataset import Dataset, Sample, images_per_row, text_places
-from jaxmed.data.embeddings import Grid, load_tokens
+from jaxmed.data.conversation import Example, encode_training, text_options
+from jaxmed.data.dataset import Dataset, Sample, images_per_row
+from jaxmed.data.inputs import VisualInput, image_array_shape, read_input, token_count
 from jaxmed.data.plan import GlobalBatch, capacity
 from jaxmed.data.records import where
 from jaxmed.data.tokenizer import IGNORE, IMAGE_ID
@@ -26,42 +26,51 @@ ALONG_T = ("tokens", "positions", "segment_ids", "image_index")
 
 @dataclass(frozen=True)
 class Loaded:
-    """A sample with the values of its token files."""
+    """A sample with what its image files hold."""
 
     example: Example
-    images: tuple[np.ndarray, ...]
-    grids: tuple[Grid, ...]
+    images: tuple[VisualInput, ...]
+    tokens: tuple[int, ...]
+    """Tokens of each image before the projector"""
 
 
 def load_sample(dataset: Dataset, sample: Sample) -> Loaded:
     """Reads the sample's files; UserError names the file."""
     experiment = dataset.experiment
-    example = encode_training(sample.record, dataset.tokenizer, experiment.data.template)
-    images, grids = [], []
+    example = encode_training(sample.record, dataset.tokenizer, experiment.data.template, text_options(experiment))
+    images = []
     for path, tokens in zip(sample.paths, sample.tokens, strict=True):
-        values, grid = load_tokens(path, experiment.visual)
-        if math.prod(grid) != tokens:
-            raise UserError(
-                f"{path}: had {tokens} tokens when it was checked and has {math.prod(grid)} now; start the run again"
-            )
-        images.append(values)
-        grids.append(grid)
-    return Loaded(example, tuple(images), tuple(grids))
+        image = read_input(path, experiment.visual)
+        found = token_count(image.grid, experiment.visual)
+        if found != tokens:
+            raise UserError(f"{path}: had {tokens} tokens when it was checked and has {found} now; start the run again")
+        images.append(image)
+    return Loaded(example, tuple(images), sample.tokens)
 
 
-def splice(example: Example, places: Sequence[int], stride: int, first_image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, labels and image_index, each [T] int32, with image i of the sample spread over places[i] positions."""
-    at = np.flatnonzero(example.ids == IMAGE_ID)
-    repeats = np.ones(len(example.ids), np.int64)
-    repeats[at] = places
-    source = np.repeat(np.arange(len(repeats)), repeats)
-    tokens = np.where(example.ids == IMAGE_ID, 0, example.ids)[source].astype(np.int32)
-    labels = example.labels[source].astype(np.int32)
-    image_index = np.full(len(source), -1, np.int32)
-    starts = np.cumsum(repeats) - repeats
-    for number, (start, count) in enumerate(zip(starts[at].tolist(), places, strict=True)):
-        image_index[start : start + count] = (first_image + number) * stride + np.arange(count)
-    return tokens, labels, image_index
+def splice(
+    example: Example, places: Sequence[int], stride: int, first_image: int, max_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, labels and image_index, each [T] int32, with image i of the sample on places[i] positions.
+
+    Images stand where ids are IMAGE_ID, or on positions that the text has already, from `image_start` on, whose ids stay.
+    What lies beyond `max_length` positions is cut off (0: nothing is), in the middle of an image too.
+    """
+    ids, labels = example.ids, example.labels
+    if example.image_start >= 0:
+        starts = example.image_start + np.cumsum(places) - places
+    else:
+        at = np.flatnonzero(ids == IMAGE_ID)
+        places = places[: len(at)]  # the others were behind the cut of the text itself
+        repeats = np.ones(len(ids), np.int64)
+        repeats[at] = places
+        starts = (np.cumsum(repeats) - repeats)[at]
+        ids, labels = np.repeat(np.where(ids == IMAGE_ID, 0, ids), repeats), np.repeat(labels, repeats)
+    image_index = np.full(len(ids), -1, np.int32)
+    for image, (start, count) in enumerate(zip(starts.tolist(), places, strict=True), first_image):
+        image_index[start : start + count] = image * stride + np.arange(count)
+    kept = slice(max_length or None)
+    return ids.astype(np.int32)[kept], labels.astype(np.int32)[kept], image_index[kept]
 
 
 def empty_rows(experiment: Experiment, rows: int, bucket: int) -> Arrays:
@@ -69,10 +78,6 @@ def empty_rows(experiment: Experiment, rows: int, bucket: int) -> Arrays:
     visual, images = experiment.visual, images_per_row(experiment)
     tokens = visual.tokens if images else 0
     supervised = capacity(experiment.data, images, bucket)[1]
-    if visual.kind == "codes":
-        values = np.zeros((rows, images, tokens * math.prod(visual.merge)), np.uint32)
-    else:
-        values = np.zeros((rows, images, tokens, visual.features), np.float32)
     return {
         "tokens": np.zeros((rows, bucket), np.int32),
         "positions": np.zeros((rows, bucket), np.int32),
@@ -80,7 +85,7 @@ def empty_rows(experiment: Experiment, rows: int, bucket: int) -> Arrays:
         "image_index": np.full((rows, bucket), -1, np.int32),
         "supervised": np.full((rows, supervised), -1, np.int32),
         "labels": np.zeros((rows, supervised), np.int32),
-        "images": values,
+        "images": np.zeros(*image_array_shape(visual, rows, images, tokens)),
         "image_token_mask": np.zeros((rows, images, tokens), bool),
         "image_grid": np.zeros((rows, images, 3), np.int32),
     }
@@ -93,8 +98,8 @@ class _Row:
         self.arrays = {name: array[row] for name, array in arrays.items()}
         self.length = self.supervised = self.images = 0
 
-    def append(self, loaded: Loaded, places: Sequence[int], stride: int, segment: int) -> None:
-        tokens, labels, image_index = splice(loaded.example, places, stride, self.images)
+    def append(self, loaded: Loaded, places: Sequence[int], stride: int, segment: int, max_length: int) -> None:
+        tokens, labels, image_index = splice(loaded.example, places, stride, self.images, max_length)
         span = slice(self.length, self.length + len(tokens))
         self.arrays["tokens"][span] = tokens
         self.arrays["positions"][span] = np.arange(len(tokens))
@@ -104,10 +109,10 @@ class _Row:
         spot = slice(self.supervised, self.supervised + len(before))
         self.arrays["supervised"][spot] = self.length + before
         self.arrays["labels"][spot] = labels[before + 1]
-        for image, (values, grid) in enumerate(zip(loaded.images, loaded.grids, strict=True), self.images):
-            self.arrays["images"][image, : len(values)] = values
-            self.arrays["image_token_mask"][image, : math.prod(grid)] = True
-            self.arrays["image_grid"][image] = grid
+        for number, (image, count) in enumerate(zip(loaded.images, loaded.tokens, strict=True), self.images):
+            self.arrays["images"][number, : len(image.values)] = image.values
+            self.arrays["image_token_mask"][number, :count] = True
+            self.arrays["image_grid"][number] = image.grid
         self.length += len(tokens)
         self.supervised += len(before)
         self.images += len(loaded.images)
@@ -121,7 +126,7 @@ def build_rows(dataset: Dataset, batch: GlobalBatch, rows: Sequence[int]) -> tup
     """
     experiment = dataset.experiment
     arrays, problems = empty_rows(experiment, len(rows), batch.bucket), []
-    stride = text_places(experiment, experiment.visual.tokens)
+    stride, max_length = experiment.image_tokens, experiment.data.max_length
     offsets = batch.offsets
     for place, row_number in enumerate(rows):
         row = _Row(arrays, place)
@@ -135,7 +140,7 @@ def build_rows(dataset: Dataset, batch: GlobalBatch, rows: Sequence[int]) -> tup
                     raise UserError(f"{problem}; or pass --on-bad-record skip to go on without it") from None
                 problems.append(problem)
                 continue
-            row.append(loaded, [text_places(experiment, count) for count in sample.tokens], stride, segment)
+            row.append(loaded, sample.places, stride, segment, max_length)
     return arrays, problems
 
 

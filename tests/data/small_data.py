@@ -65,7 +65,7 @@ def make_experiment(folder: Path, pooled: bool = False, visual: VisualConfig = V
     projector = ProjectorConfig(bypass_pool=not pooled, pool_queries=7)
     settings = {"embeddings": str(folder / "tokens"), "batch": 3, "buckets": (151, 199, 269), "supervised": 61, "threads": 2}
     return Experiment(
-        ModelConfig(dataclasses.replace(TINY, vocab=432), projector),
+        ModelConfig(dataclasses.replace(TINY, vocab=432), projector=projector),
         visual=visual,
         data=DataConfig(**(settings | data)),
     )
