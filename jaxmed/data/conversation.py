@@ -1,16 +1,19 @@
 """From a record to token ids and labels (training), and from a conversation so far to prompt ids (generation).
 
 Ids are int32 [T] with -200 (IMAGE_ID) at an image's place, labels int32 [T] with -100 (IGNORE) where nothing is supervised;
-no shift is taken. Training moves `<image>` to the start of its turn, generation takes every text verbatim.
+no shift is taken. Training moves `<image>` to the start of its turn, generation takes every text verbatim. The template `m3d`
+has placeholders in place of IMAGE_ID (jaxmed.data.placeholders).
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from jaxmed.config import Experiment
 from jaxmed.data.examples import Example, TextOptions, text_options
 from jaxmed.data.masks import supervised
-from jaxmed.data.records import Record, image_places
+from jaxmed.data.placeholders import as_upstream, encode_answered, encode_question, placeholder_warning
+from jaxmed.data.records import Reading, Record, image_places, settle
 from jaxmed.data.templates import TEMPLATES, Template, render
 from jaxmed.data.tokenizer import IGNORE, IMAGE_ID, IMAGE_TOKEN, Tokenizer
 from jaxmed.errors import UserError
@@ -23,12 +26,17 @@ __all__ = [
     "Example",
     "Template",
     "TextOptions",
+    "answer_text",
+    "as_upstream",
     "check_template",
     "encode_prompt",
+    "encode_prompt_example",
     "encode_text",
     "encode_training",
     "find_template",
     "normalise",
+    "placeholder_warning",
+    "reading_of",
     "render",
     "required_tokens",
     "strip_terminal",
@@ -81,7 +89,15 @@ NO_OPTIONS = TextOptions()
 
 
 def encode_training(record: Record, tokenizer: Tokenizer, template: str, options: TextOptions = NO_OPTIONS) -> Example:
+    """What a record is trained on. RecordError for one that the template or the options refuse."""
     chosen = find_template(template)
+    if chosen.mask == "m3d":
+        return encode_answered(record, tokenizer, options)
+    record = settle(record, options.missing_image_token)
+    return _cut(_conversation(record, tokenizer, chosen), options.max_length)
+
+
+def _conversation(record: Record, tokenizer: Tokenizer, chosen: Template) -> Example:
     images = len(record.images)
     turns = [(turn.role, normalise(turn.value, images) if images else turn.value) for turn in record.turns]
     if chosen.mask == "plain":
@@ -114,6 +130,16 @@ def _plain(turns: Turns, tokenizer: Tokenizer, template: Template) -> Example:
     return _example(ids, np.arange(len(ids)) >= masked)
 
 
+def _cut(example: Example, max_length: int) -> Example:
+    """The first `max_length` ids (0: all), an IMAGE_ID counting as one; with its images in, the sample is cut once more."""
+    if not max_length or len(example.ids) <= max_length:
+        return example
+    ids, labels = example.ids[:max_length], example.labels[:max_length]
+    lost = not example.voided and bool((labels[1:] == IGNORE).all())
+    reason = f"it is cut at {max_length} tokens (data.max_length), before its first answer; raise that, or split the record"
+    return Example(ids, labels, reason if lost else example.voided)
+
+
 def _void(ids: np.ndarray, reason: str) -> Example:
     return Example(ids, np.full_like(ids, IGNORE), reason)
 
@@ -143,18 +169,53 @@ def _diagnose(turns: Turns, template: Template, counted: int, size: int) -> str:
     )
 
 
-def encode_prompt(turns: Turns, tokenizer: Tokenizer, template: str) -> np.ndarray:
+def encode_prompt(turns: Turns, tokenizer: Tokenizer, template: str, options: TextOptions = NO_OPTIONS) -> np.ndarray:
     """[T] int32: the conversation up to the answer to be written, texts verbatim; the last turn is ("gpt", None)."""
-    return np.array(encode_text(render(find_template(template), turns), tokenizer), np.int32)
+    return encode_prompt_example(turns, tokenizer, template, options).ids
+
+
+def encode_prompt_example(turns: Turns, tokenizer: Tokenizer, template: str, options: TextOptions = NO_OPTIONS) -> Example:
+    """`encode_prompt` with the place of the image (`image_start`); nothing is supervised."""
+    chosen = find_template(template)
+    if chosen.mask == "m3d":
+        asked = [text or "" for role, text in turns if role == "human"]
+        if len(asked) != 1:
+            raise UserError(
+                f"the template m3d takes one question and no history, this conversation has {len(asked)} questions; "
+                "ask them one by one"
+            )
+        return encode_question(asked[0], asked[0].count(IMAGE_TOKEN), tokenizer, options)
+    ids = np.array(encode_text(render(chosen, turns), tokenizer), np.int32)
+    return Example(ids, np.full_like(ids, IGNORE), "")
+
+
+def answer_text(ids: Sequence[int], tokenizer: Tokenizer, template: str, keep_special: bool = False) -> str:
+    """Generated ids as upstream printed them (`keep_special`), else without the end tokens that this leaves standing.
+
+    Which tokens count as special is the folder's matter: M3D's `[SEG]` stays, and so do Phi-3's `<|end|>` and `<|assistant|>`
+    under `keep_special`, as they are not in SAMF's special-token map.
+    """
+    text = tokenizer.decode(ids, find_template(template).keeps_special).strip()
+    return text if keep_special else strip_terminal(text, tokenizer, template)
 
 
 def strip_terminal(text: str, tokenizer: Tokenizer, template: str) -> str:
     """An answer as it goes back into the conversation: without final end tokens and the blanks around them, since the
     template closes the turn itself. End tokens in the middle stay."""
-    ends = {tokenizer.piece(token) for token in tokenizer.eos_ids} | {find_template(template).end}
+    chosen = find_template(template)
+    ends = {tokenizer.piece(token) for token in tokenizer.eos_ids} | {chosen.end}
+    if chosen.mask == "m3d":
+        ends |= set(tokenizer.special_tokens)  # folders of M3D and SAMF need not say which of them end an answer
     ends = tuple(end for end in ends if end.strip())
     text = text.strip()
     while text.endswith(ends) and ends:
         end = max((e for e in ends if text.endswith(e)), key=len)
         text = text[: -len(end)].rstrip()
     return text
+
+
+def reading_of(experiment: Experiment, upstream_exact: frozenset[str] = frozenset()) -> Reading:
+    """How a records file is read for this experiment."""
+    data = experiment.data
+    placeholders = find_template(data.template).mask == "m3d"
+    return Reading(data.missing_image_token, placeholders, upstream_exact)

@@ -4,12 +4,14 @@ Image tokens enter in one of two ways: an IMAGE_ID in `ids` is replaced by as ma
 (`image_start` >= 0) the row has these positions already and the image's tokens lie on ids[image_start : image_start + places].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from jaxmed.config import Experiment
+from jaxmed.data.tokenizer import IGNORE, IMAGE_ID
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,22 @@ def text_options(experiment: Experiment) -> TextOptions:
     fill = fusion.kind != "none" and fusion.text_scope == "all"
     places = experiment.image_tokens
     return TextOptions(places, data.max_length, data.pad_id, data.splice, data.missing_image_token, fill)
+
+
+def spliced_counts(example: Example, places: Sequence[int], max_length: int) -> tuple[int, int]:
+    """(length, supervised tokens) once image i of the sample takes places[i] positions and what comes after `max_length` is
+    cut off (0: nothing is). Upstream cuts twice: the ids (as here they are), and what has become of them with images in."""
+    repeats = np.ones(len(example.ids), np.int64)
+    if example.image_start < 0:
+        repeats[example.ids == IMAGE_ID] = places
+    length = int(repeats.sum())
+    position = np.cumsum(repeats) - repeats
+    kept = (position < max_length) if max_length else np.ones(len(position), bool)
+    # Nothing comes before the first token, so a label there can never be asked for.
+    supervised = int(((example.labels != IGNORE) & kept & (position > 0)).sum())
+    return (min(length, max_length) if max_length else length), supervised
+
+
+def spliced_length(example: Example, places: Sequence[int], max_length: int) -> int:
+    """Positions of the sample with its images in, after the cut."""
+    return spliced_counts(example, places, max_length)[0]

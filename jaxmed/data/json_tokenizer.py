@@ -1,4 +1,4 @@
-"""tokenizer.json by the `tokenizers` library: text -> ids -> text, without clean-up."""
+"""tokenizer.json, or BERT's vocab.txt, by the `tokenizers` library: text -> ids -> text, without clean-up."""
 
 import functools
 import json
@@ -8,10 +8,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from jaxmed.data.tokenizer_files import new_tokens, read_json, read_listed
+from jaxmed.data.tokenizer_files import content, new_tokens, read_json, read_listed
 from jaxmed.errors import UserError
 
+_BERT = {
+    "tokenizer_class": "BertTokenizer",
+    "do_lower_case": True,
+    "tokenize_chinese_chars": True,
+    "strip_accents": None,
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "mask_token": "[MASK]",
+}
 # The library normalises and cuts each piece between special tokens by itself. Only a pre-tokenizer that treats the first
 # piece of a text differently (Metaspace with "first") looks beyond its piece; these do not.
 _LOCAL_PRETOKENIZERS = {"Sequence", "Split", "ByteLevel", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"}
@@ -19,14 +31,42 @@ _LOCAL_PRETOKENIZERS = {"Sequence", "Split", "ByteLevel", "Digits", "Punctuation
 
 def read_tokenizer(folder: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """(tokenizer.json with the tokens that tokenizer_config.json adds, the keys of the folder's two config files)"""
-    path = os.path.join(folder, "tokenizer.json")
-    try:
-        raw = tokenizers.Tokenizer.from_file(path)
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-        raise UserError(f"{path}: is not a tokenizer ({error}); fetch the file again") from error
     config = read_json(os.path.join(folder, "special_tokens_map.json"))
     config |= read_json(os.path.join(folder, "tokenizer_config.json"))
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.isfile(path):
+        raw, config = _word_pieces(os.path.join(folder, "vocab.txt"), config)
+    else:
+        try:
+            raw = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+            raise UserError(f"{path}: is not a tokenizer ({error}); fetch the file again") from error
     _add_listed(raw, config, folder)
+    return raw, config
+
+
+def _word_pieces(path: str, config: dict[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """BERT's tokenizer from the list of its pieces, as BertTokenizer of transformers 4 made it, and its complete settings."""
+    config = _BERT | config
+    with open(path, encoding="utf-8") as file:
+        pieces = [line.rstrip("\n") for line in file]
+    ids = {piece: token for token, piece in enumerate(pieces)}
+    roles = {name: content(config[f"{name}_token"]) for name in ("unk", "cls", "sep", "pad", "mask")}
+    lacking = sorted(token for token in roles.values() if token not in ids)
+    if lacking:
+        raise UserError(f"{path}: has no piece {', '.join(lacking)}; it is no vocabulary of BERT's, fetch the file again")
+    raw = tokenizers.Tokenizer(models.WordPiece(ids, unk_token=roles["unk"], max_input_chars_per_word=100))
+    raw.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=bool(config["tokenize_chinese_chars"]),
+        strip_accents=config["strip_accents"],
+        lowercase=bool(config["do_lower_case"]),
+    )
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = [(roles[name], ids[roles[name]]) for name in ("cls", "sep")]
+    raw.post_processor = processors.TemplateProcessing(single=f"{roles['cls']} $A {roles['sep']}", special_tokens=ends)
+    raw.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    raw.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in roles.values()])
     return raw, config
 
 
@@ -50,7 +90,8 @@ class JsonBackend:
         """`raw` is taken over (it grows by `added_tokens`)."""
         raw.no_truncation()
         raw.no_padding()
-        raw.add_special_tokens(new_tokens(added_tokens, raw.get_added_tokens_decoder().values()))
+        for spec in new_tokens(added_tokens, raw.get_added_tokens_decoder().values()):
+            (raw.add_special_tokens if spec.special else raw.add_tokens)([spec])
         self._raw = raw
         self.config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": True} | config
         self.size = 1 + max(raw.get_vocab(with_added_tokens=True).values())

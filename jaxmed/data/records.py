@@ -1,18 +1,24 @@
-"""Reading LLaVA-style conversation records: a JSON list of {"id", "image", "conversations": [{"from", "value"}, ...]}.
+"""Reading records: a JSON list (or JSON lines) of {"id", "image", "conversations": [{"from", "value"}, ...]}, as LLaVA has
+them, or a table of questions or captions (jaxmed.data.tables), whose rows become such records.
 
 What can be wrong with a record is found here, once, with a sentence that says where and what to do. The texts stay as
 the file has them; templates, image places and label masks are jaxmed.data.conversation's matter.
 """
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from jaxmed.data.tables import CAPTION_PROMPTS, conversation_of, kind_of, read_csv
 from jaxmed.data.tokenizer import IMAGE_TOKEN
 from jaxmed.errors import Problem, UserError
 
 ROLES = ("human", "gpt")
+TURNS = ("conversations", "conversatons")
+"""Names of the key that holds the turns; the second is spelt as in TinyLLaVA-Med's own files"""
+MissingImageToken = Literal["refuse", "prepend", "text_only"]
 
 
 class RecordError(UserError, ValueError):
@@ -41,6 +47,27 @@ class Record:
     """Path of the file"""
     extra: dict[str, Any] = field(default_factory=dict)
     """All other keys"""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a file's records are read for; the defaults are those of LLaVA's conversations."""
+
+    missing_image_token: MissingImageToken = "refuse"
+    """What becomes of a record that has an image and no `<image>`: a problem, `<image>` in front, or its text alone"""
+    placeholders: bool = False
+    """Whether an image stands before the question by itself (template `m3d`), so that `<image>` need not be written"""
+    upstream_exact: frozenset[str] = frozenset()
+    """Defects to be kept (tables: `na_choices`)"""
+    questions: Literal["closed", "open"] = "closed"
+    """Whether a table's choices are named"""
+    split: str = ""
+    """Which list of a JSON object of several (M3D's captions: train, validation, test, ...)"""
+    prompts: tuple[str, ...] = CAPTION_PROMPTS[:1]
+    """Questions of captions that have none, by row in turn"""
+
+
+AS_LLAVA = Reading()
 
 
 def place(row: int, name: Any, source: str) -> str:
@@ -76,6 +103,8 @@ def _turn(turn: Any, number: int) -> Turn:
     _require(isinstance(turn, dict), f'turn {number} is {type(turn).__name__}; it must be {{"from": ..., "value": ...}}')
     role, value = turn.get("from"), turn.get("value")
     _require(role in ROLES, f"turn {number} is from {role!r}; known roles are 'human' and 'gpt'")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)  # an answer that is a number, written as one
     _require(isinstance(value, str), f"turn {number} has the value {value!r}; it must be a string")
     try:
         value.encode()
@@ -110,25 +139,92 @@ def _check_places(turns: Sequence[Turn], images: int) -> None:
         raise RecordError(f"its turns hold {IMAGE_TOKEN} but it names no image; add `image` or remove {IMAGE_TOKEN}")
     raise RecordError(
         f"it names {images} image{'s' * (images > 1)} but its turns have {places} place{'s' * (places != 1)} for images; "
-        f"write one {IMAGE_TOKEN} for each image"
+        f"write one {IMAGE_TOKEN} for each image" + (" (or see --data.missing-image-token)" if not places else "")
     )
 
 
-def record_from_dict(d: Any, row: int = 0, source: str = "") -> Record:
-    """The record of one JSON object. A leading gpt turn is dropped: nothing precedes it that it could answer."""
-    _require(isinstance(d, dict), f"it is {type(d).__name__}; a record must be a JSON object")
+def _check_plain(turns: Sequence[Turn], images: int) -> None:
+    """One image, one question, at most one answer: what stands behind placeholders."""
+    _require(
+        len(turns) <= 2, f"it has {len(turns)} turns; the template m3d takes one question and its answer, split the record"
+    )
+    _require(images <= 1, f"it names {images} images; the template m3d takes one, split the record")
+    places = sum(turn.value.count(IMAGE_TOKEN) for turn in turns)
+    _require(
+        images > 0 or not places, f"its turns hold {IMAGE_TOKEN} but it names no image; add `image` or remove {IMAGE_TOKEN}"
+    )
+
+
+def settle(record: Record, missing: MissingImageToken) -> Record:
+    """The record with a place for its images where it has none at all, or without them (`refuse`: as it is)."""
+    if missing == "refuse" or not record.images or any(IMAGE_TOKEN in turn.value for turn in record.turns):
+        return record
+    if missing == "text_only":
+        return dataclasses.replace(record, images=())
+    first, *others = record.turns
+    first = Turn(first.role, f"{IMAGE_TOKEN}\n" * len(record.images) + first.value)
+    return dataclasses.replace(record, turns=(first, *others))
+
+
+def record_from_dict(d: Any, row: int = 0, source: str = "", reading: Reading = AS_LLAVA) -> Record:
+    """The record of one JSON object or of one row of a table. A leading gpt turn is dropped: nothing precedes it that it
+    could answer."""
+    _require(isinstance(d, Mapping), f"it is {type(d).__name__}; a record must be a JSON object")
+    key = next((name for name in TURNS if name in d), TURNS[0])
+    if key not in d and kind_of(d):
+        prompt = reading.prompts[row % len(reading.prompts)]
+        d = conversation_of(d, source, reading.questions, reading.upstream_exact, prompt)
     images = _images(d.get("image"))
-    turns = _turns(d.get("conversations"))
-    _check_places(turns, len(images))
+    turns = _turns(d.get(key))
     name = d.get("id")
-    extra = {key: value for key, value in d.items() if key not in ("id", "image", "conversations")}
-    return Record(str(row) if name is None else str(name), images, turns, row, source, extra)
+    extra = {key: value for key, value in d.items() if key not in ("id", "image", *TURNS)}
+    record = Record(str(row) if name is None else str(name), images, turns, row, source, extra)
+    if reading.placeholders:
+        _check_plain(turns, len(images))
+        return record
+    record = settle(record, reading.missing_image_token)
+    _check_places(record.turns, len(record.images))
+    return record
 
 
-def _read_list(path: str) -> list[Any]:
+def records_from_rows(rows: Sequence[Mapping[str, Any]], source: str = "", reading: Reading = AS_LLAVA) -> list[Record]:
+    """All records of rows or JSON objects; RecordError or UserError for one that cannot be used."""
+    return [record_from_dict(row, number, source, reading) for number, row in enumerate(rows)]
+
+
+def _read_lines(path: str) -> list[Any]:
+    values = []
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    values.append(json.loads(line))
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise UserError(f"{path}: line {number} is not JSON ({error}); each line must be one object") from error
+    return values
+
+
+def _split(path: str, values: dict[str, Any], split: str) -> Any:
+    """One of the lists of a JSON object."""
+    names = [name for name, value in values.items() if isinstance(value, list)]
+    if split and split in names:
+        return values[split]
+    if names and len(names) == len(values):
+        raise UserError(f"{path}: holds the lists {', '.join(names)}, not {split!r}; write the one that is meant into a file")
+    return values
+
+
+def _read(path: str, split: str) -> list[Any]:
+    return read_csv(path) if path.lower().endswith(".csv") else _read_list(path, split)
+
+
+def _read_list(path: str, split: str) -> list[Any]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            values = json.load(file)
+        if path.lower().endswith(".jsonl"):
+            values = _read_lines(path)
+        else:
+            with open(path, encoding="utf-8-sig") as file:
+                values = json.load(file)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the JSON file of the records") from error
     except UnicodeDecodeError as error:
@@ -138,6 +234,8 @@ def _read_list(path: str) -> list[Any]:
         raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}){hint}") from error
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply; the file must be a JSON list of records") from error
+    if isinstance(values, dict):
+        values = _split(path, values, split)
     if not isinstance(values, list):
         raise UserError(f"{path}: holds a JSON {type(values).__name__}; it must be a list of records")
     if not values:
@@ -145,14 +243,14 @@ def _read_list(path: str) -> list[Any]:
     return values
 
 
-def load_records(path: str) -> tuple[list[Record], list[Problem]]:
-    """All usable records of a file in file order, and a Problem for each of the others."""
+def load_records(path: str, reading: Reading = AS_LLAVA) -> tuple[list[Record], list[Problem]]:
+    """All usable records of a .json, .jsonl or .csv file in file order, and a Problem for each of the others."""
     records: list[Record] = []
     problems: list[Problem] = []
-    for row, value in enumerate(_read_list(path)):
+    for row, value in enumerate(_read(path, reading.split)):
         try:
-            records.append(record_from_dict(value, row, path))
-        except RecordError as error:
+            records.append(record_from_dict(value, row, path, reading))
+        except UserError as error:
             name = value.get("id") if isinstance(value, dict) else None
             problems.append(Problem(place(row, name, path), str(error)))
     return records, problems

@@ -21,7 +21,7 @@ from typing import Any
 import sentencepiece
 from tokenizers import AddedToken
 
-from jaxmed.data.tokenizer_files import added_token, content, new_tokens, read_json, read_listed, write_listed
+from jaxmed.data.tokenizer_files import ORDINARY, added_token, content, new_tokens, read_json, read_listed, write_listed
 from jaxmed.errors import UserError
 
 _BLANK = "\u2581"
@@ -147,7 +147,7 @@ class SentencePieceBackend:
             config = config | {"pad_token": pad_token}
         roles = {name: content(config[name]) for name in _ROLES if name in config}
         extra = [content(token) for token in extra]
-        extra += [name for name in added_tokens if name not in {*roles.values(), *extra}]
+        extra += [name for name in added_tokens if name not in {*roles.values(), *extra, *ORDINARY}]
         self._special = {*roles.values(), *extra}
         self._special_ids = {self._ids[name] for name in self._special}
         # Decoding sets these apart: added tokens without a role, and additional ones beyond the model's vocabulary.

@@ -1,9 +1,10 @@
 """Sizes of texts and headers of token files, for all records at once, cached beside the records.
 
-Lengths are keyed by the records file's content, the tokenizer and the template; image tokens are counted apart, so that
+Lengths are keyed by the records' texts, the tokenizer, the template and the options; image tokens are counted apart, so that
 other token files or another projector do not cost a new tokenisation. Headers are keyed by each file's size and time.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,14 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxmed.data import cache
-from jaxmed.data.conversation import encode_training
+from jaxmed.data.conversation import NO_OPTIONS, TextOptions, encode_training, find_template
 from jaxmed.data.embeddings import Header, read_header
-from jaxmed.data.records import Record
-from jaxmed.data.tokenizer import IGNORE, IMAGE_ID, Tokenizer
+from jaxmed.data.examples import spliced_counts
+from jaxmed.data.records import Record, RecordError
+from jaxmed.data.tokenizer import IMAGE_ID, Tokenizer
 from jaxmed.errors import UserError
 
 # Raise it when templates, masks or normalisation change what a text's sizes are.
-VERSION = "1"
+VERSION = "2"
 READERS = 8
 PIECE = 256
 Stamped = tuple[tuple[int, int], Header]
@@ -33,30 +35,52 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class TextSize:
     length: int
-    """Tokens without the image places"""
+    """Positions without those of images; where samples are cut, with its images of `options.places` each the sample is as long
+    as it is after the cut (so that this can be negative)"""
     supervised: int
+    """After the cut"""
     places: int
-    """Image places"""
+    """Images that have a place"""
     words: int
     voided: str
     """"" or why no token is supervised"""
 
 
-def measure(record: Record, tokenizer: Tokenizer, template: str) -> TextSize:
-    example = encode_training(record, tokenizer, template)
-    places = int((example.ids == IMAGE_ID).sum())
-    # Nothing comes before the first token, so a label there can never be asked for.
-    supervised = int((example.labels[1:] != IGNORE).sum())
-    voided = example.voided or ("" if supervised else "none of its tokens is supervised")
+def measure(record: Record, tokenizer: Tokenizer, template: str, options: TextOptions = NO_OPTIONS) -> TextSize:
     words = sum(len(turn.value.split()) for turn in record.turns)
-    return TextSize(len(example.ids) - places, supervised, places, words, voided)
+    try:
+        example = encode_training(record, tokenizer, template, options)
+    except RecordError as error:
+        return TextSize(0, 0, len(record.images), words, str(error))
+    images = len(record.images) if example.image_start >= 0 else int((example.ids == IMAGE_ID).sum())
+    # Without a cut places of images are counted apart, however many they are.
+    each = options.places if options.max_length or example.image_start >= 0 else 1
+    length, supervised = spliced_counts(example, [each] * images, options.max_length)
+    cut = f" before {options.max_length} tokens (data.max_length)" if options.max_length else ""
+    voided = example.voided or ("" if supervised else f"none of its tokens{cut} is supervised")
+    return TextSize(length - images * each, supervised, images, words, voided)
+
+
+def _digest(records: Sequence[Record]) -> str:
+    """What the sizes depend on; more than the file itself can (captions in files of their own)."""
+    texts = hashlib.sha256()
+    for record in records:
+        texts.update(json.dumps([record.row, record.images, [(turn.role, turn.value) for turn in record.turns]]).encode())
+    return texts.hexdigest()
 
 
 def text_sizes(
-    records: Sequence[Record], path: str, tokenizer: Tokenizer, template: str, progress: Progress | None = None
+    records: Sequence[Record],
+    path: str,
+    tokenizer: Tokenizer,
+    template: str,
+    progress: Progress | None = None,
+    options: TextOptions = NO_OPTIONS,
 ) -> list[TextSize]:
     """One TextSize a record, in their order."""
-    names = [VERSION, cache.file_digest(path), tokenizer.fingerprint, str(tokenizer.legacy), template]
+    if not options.max_length and find_template(template).mask != "m3d":
+        options = dataclasses.replace(options, places=0)  # another projector leaves these texts as they are
+    names = [VERSION, _digest(records), tokenizer.fingerprint, str(tokenizer.legacy), template, repr(options)]
     key = hashlib.sha256("\n".join(names).encode()).hexdigest()
     stored = cache.read(path, "lengths", key)
     if stored:
@@ -65,7 +89,7 @@ def text_sizes(
             return [known[record.row] for record in records]
     sizes = []
     for done, record in enumerate(records, 1):
-        sizes.append(measure(record, tokenizer, template))
+        sizes.append(measure(record, tokenizer, template, options))
         if progress and (done % 256 == 0 or done == len(records)):
             progress(done, len(records))
     cache.write(path, "lengths", key, _pack(records, sizes))

@@ -1,8 +1,9 @@
 """Conversation templates as data, and how turns become one prompt string.
 
-Four styles: `mpt` (role header + text + separator), `two` ("ROLE: text" with alternating separators), `llama_2`
-([INST] brackets), `plain` (texts and a newline). Every character counts: a blank in the wrong place moves token borders,
-so oddities of the published strings (the ". " in llama3's system text, double blanks) are kept.
+Five styles: `mpt` (role header + text + separator), `two` ("ROLE: text" with alternating separators), `llama_2`
+([INST] brackets), `plain` (texts and a newline), `m3d` (a question behind placeholders, see jaxmed.data.placeholders). Every
+character counts: a blank in the wrong place moves token borders, so oddities of the published strings (the ". " in llama3's
+system text, double blanks) are kept.
 """
 
 from collections.abc import Sequence
@@ -34,9 +35,9 @@ _MPT = (
 
 @dataclass(frozen=True)
 class Template:
-    style: Literal["mpt", "two", "llama_2", "plain"]
+    style: Literal["mpt", "two", "llama_2", "plain", "m3d"]
     """How turns are joined"""
-    mask: Literal["llama3", "v1", "llama_2", "mpt", "plain"]
+    mask: Literal["llama3", "v1", "llama_2", "mpt", "plain", "m3d"]
     """Rule by which answers are supervised (jaxmed.data.masks)"""
     system: str
     roles: tuple[str, str]
@@ -50,8 +51,13 @@ class Template:
 
     @property
     def end(self) -> str:
-        """What closes an answer; "" for `plain`, whose answers end with a newline only."""
-        return {"mpt": self.sep, "plain": ""}.get(self.style, self.sep2)
+        """What closes an answer; "" for `plain`, whose answers end with a newline only, and for `m3d`: the end token."""
+        return {"mpt": self.sep, "plain": "", "m3d": ""}.get(self.style, self.sep2)
+
+    @property
+    def keeps_special(self) -> bool:
+        """Whether upstream printed the special tokens of an answer (BTB3D did; the others left them out)."""
+        return self.mask == "llama3"
 
 
 def _header(role: str) -> str:
@@ -99,6 +105,7 @@ TEMPLATES: dict[str, Template] = {
     "plain": _PLAIN,
     "v0_plain": _PLAIN,
     "minimal": _MINIMAL,
+    "m3d": Template("m3d", "m3d", "", ("", ""), " ", required=("<im_patch>",)),
 }
 
 
@@ -136,5 +143,11 @@ def _render_plain(template: Template, turns: Sequence[tuple[str, str | None]]) -
 
 def render(template: Template, turns: Sequence[tuple[str, str | None]]) -> str:
     """The prompt for (role, text) turns, roles `human` and `gpt`; text None or "" leaves the bare role header."""
-    styles = {"mpt": _render_mpt, "two": _render_two, "llama_2": _render_llama_2, "plain": _render_plain}
+    styles = {
+        "mpt": _render_mpt,
+        "two": _render_two,
+        "llama_2": _render_llama_2,
+        "plain": _render_plain,
+        "m3d": lambda template, turns: template.sep.join(message for _, message in turns if message),
+    }
     return styles[template.style](template, turns)

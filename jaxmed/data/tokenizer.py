@@ -1,7 +1,7 @@
 """A tokenizer folder as one immutable object: text -> ids -> text, exactly as transformers 4 had it.
 
-Two libraries stand behind it: `tokenizers` for a folder with tokenizer.json, sentencepiece for LLaMA's tokenizer.model
-(which comes first where both are there, as it did in the original systems). `tokenizer_config.json`,
+Two libraries stand behind it: `tokenizers` for a folder with tokenizer.json or BERT's vocab.txt, sentencepiece for LLaMA's
+tokenizer.model (which comes first where both are there, as it did in the original systems). `tokenizer_config.json`,
 `special_tokens_map.json`, `added_tokens.json`, `generation_config.json` and `config.json` are read where present. Added
 tokens become special tokens, in the order given, as `add_special_tokens` of transformers makes them; those that the folder
 holds already keep their ids.
@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from jaxmed.data.json_tokenizer import JsonBackend, read_tokenizer
@@ -40,7 +41,7 @@ def clean_up(text: str) -> str:
 
 def has_tokenizer(folder: str) -> bool:
     """Whether the folder holds a file that `Tokenizer.from_folder` reads."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer.model"))
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer.model", "vocab.txt"))
 
 
 def read_end_ids(folder: str) -> tuple[int, ...]:
@@ -85,21 +86,40 @@ class Tokenizer:
         """`pad_token`: one of the tokens that is to be the padding, else what the folder says."""
         if not os.path.isdir(path):
             raise UserError(
-                f"{path}: no such folder; give the one that holds tokenizer.json or tokenizer.model "
+                f"{path}: no such folder; give the one that holds tokenizer.json, tokenizer.model or vocab.txt "
                 "(--model.tokenizer or --model.base)"
             )
         if not has_tokenizer(path):
-            raise UserError(f"{path}: has no tokenizer.json and no tokenizer.model; copy the one of the model there")
+            raise UserError(f"{path}: has no tokenizer.json, tokenizer.model or vocab.txt; copy the one of the model there")
         pad = {"pad_token": pad_token} if pad_token else {}
         if is_for_sentencepiece(path):
             return cls(SentencePieceBackend(path, added_tokens, pad_token), pad, read_end_ids(path), added_tokens)
         raw, config = read_tokenizer(path)
         return cls(raw, config | pad, read_end_ids(path), added_tokens)
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of `text`; with `special` between what the tokenizer puts around it (a BOS, as a rule)."""
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Added tokens that have a role of their own; `[SEG]` of M3D is an ordinary one."""
+        return tuple(spec.content for spec in self._backend.added.values() if spec.special)
+
+    def encode(self, text: str, special: bool = True, max_length: int = 0) -> list[int]:
+        """Ids of `text`; with `special` between what the tokenizer puts around it (a BOS, as a rule). `max_length`: the text
+        is cut on the right so that there are as many ids at most, those around it included (0: it is not)."""
         ids = self._backend.encode(text)
+        around = len(self.prefix) + len(self.suffix) if special else 0
+        if max_length:
+            ids = ids[: max(max_length - around, 0)]
         return [*self.prefix, *ids, *self.suffix] if special else ids
+
+    def encode_batch(self, texts: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [B, T] int32, mask [B, T] bool) with T = `max_length`: cut on the right, filled with the padding."""
+        ids = np.full((len(texts), max_length), self.pad_id, np.int32)
+        mask = np.zeros((len(texts), max_length), bool)
+        for row, text in enumerate(texts):
+            found = self.encode(text, max_length=max_length)
+            ids[row, : len(found)] = found
+            mask[row, : len(found)] = True
+        return ids, mask
 
     def decode(self, ids: Iterable[int], keep_special: bool = True) -> str:
         """Text of `ids`, cleaned up if the folder says so (where it says nothing: tokenizer.json yes, sentencepiece no),

@@ -8,6 +8,8 @@ from tokenizers import AddedToken
 
 from jaxmed.errors import UserError
 
+ORDINARY = ("[SEG]",)
+"""Added tokens that M3D makes no special ones, so that they stay in a decoded text"""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -55,9 +57,11 @@ def write_listed(tokens: dict[int, AddedToken]) -> dict[str, dict[str, Any]]:
 
 
 def new_tokens(tokens: Sequence[str], known: Iterable[AddedToken]) -> list[AddedToken]:
-    """Those of `tokens` that are none yet, as the special tokens they become; each may stand there once."""
+    """Those of `tokens` that are none yet, as the tokens they become: special ones, but for ORDINARY; each may stand there
+    once."""
     repeated = sorted({token for token in tokens if not token or tokens.count(token) > 1})
     if repeated:
         raise UserError(f"added tokens {list(tokens)}: {repeated[0]!r} is empty or stands there twice; give each once")
     names = {spec.content for spec in known}
-    return [added_token(token) for token in tokens if token not in names]
+    ordinary = {"special": False, "normalized": True}
+    return [added_token({"content": t, **ordinary} if t in ORDINARY else t) for t in tokens if t not in names]

@@ -329,7 +329,7 @@ def test_which_of_two_files_counts(tmp_path):
 
 def test_unusable_folders(tmp_path):
     assert not has_tokenizer(str(tmp_path))
-    with pytest.raises(UserError, match=r"no tokenizer\.json and no tokenizer\.model"):
+    with pytest.raises(UserError, match=r"no tokenizer\.json, tokenizer\.model or vocab\.txt"):
         Tokenizer.from_folder(str(tmp_path))
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     assert has_tokenizer(str(tmp_path))

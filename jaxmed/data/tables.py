@@ -1,0 +1,181 @@
+"""Rows of tables as records: M3D's VQA CSV and caption JSON, SAMF's report and multiple-choice CSVs.
+
+A row (names of columns -> strings) becomes a record as jaxmed.data.records reads it: `image`, a question, its answer, and all
+columns beside. Which table a row is from is told by its columns, their case aside. Texts are kept to the blank: questions about
+choices begin with one (it stands between placeholders and question), prompts for a caption do not.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxmed.errors import UserError
+
+CAPTION_PROMPTS = (
+    "Write down what this scan shows.",
+    "Give a radiologist's account of this volume.",
+    "Which findings does this examination hold?",
+    "Report on the images at hand.",
+    "Summarise the findings of this study in full sentences.",
+    "What would a radiology report say about this scan?",
+    "Go through this volume and note every finding.",
+    "Please dictate the findings section for this examination.",
+    "State what is normal and what is not in this scan.",
+    "Put the content of these slices into words.",
+)
+"""Requests for a caption, where a row has no question of its own. The first one is used unless others are asked for."""
+
+CAPTION_KINDS = ("reports", "captions")
+UPSTREAM_CHOICES = "na_choices"
+"""Name of the defect (`--upstream-exact`): pandas reads these strings as missing, and prints them as `nan`."""
+_MISSING = frozenset(
+    ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL"]
+) | {"NaN", "None", "n/a", "nan", "null"}
+_SHORTEST = 5  # characters, blanks aside, of a section that counts
+
+
+@dataclass(frozen=True)
+class _Table:
+    """How the rows of one kind of table are told and read; names of columns in lower case."""
+
+    image: str
+    answer: str
+    columns: frozenset[str]
+    """Columns that tell the kind"""
+    labels: str = ""
+    """How the choices are named in the question"""
+    end: str = ""
+    """What follows the text of a chosen answer"""
+
+
+_TABLES = {
+    "m3d_vqa": _Table("image path", "answer", frozenset({"image path", "question", "answer"}), "ABCD"),
+    "samf_mcq": _Table("image", "answer", frozenset({"image", "question", "answer", "answer choice", "choice a"}), "abcd", "."),
+    "reports": _Table("image", "caption", frozenset({"image", "caption"})),
+    "captions": _Table("image", "text", frozenset({"image", "text"})),
+    "questions": _Table("image", "answer", frozenset({"image", "question", "answer"})),
+}
+KINDS = tuple(_TABLES)
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """The kind of table that a row with these columns is from, "" for none that is known."""
+    columns = {name.strip().lower() for name in row}
+    return next((kind for kind, table in _TABLES.items() if table.columns <= columns), "")
+
+
+def conversation_of(
+    row: Mapping[str, Any],
+    source: str = "",
+    questions: Literal["closed", "open"] = "closed",
+    upstream_exact: frozenset[str] = frozenset(),
+    prompt: str = CAPTION_PROMPTS[0],
+) -> dict[str, Any]:
+    """The record, as JSON has it, of one row.
+
+    `questions`: whether choices are named and the answer is one of them. `source`: the file, beside which texts lie.
+    `prompt`: the question of a caption whose row has none.
+    """
+    kind = kind_of(row)
+    if not kind:
+        known = "; ".join(", ".join(sorted(table.columns)) for table in _TABLES.values())
+        raise UserError(f"its columns are {', '.join(row)}; known tables have: {known} (or `conversations`)")
+    table = _TABLES[kind]
+    cells = {name.strip().lower(): value for name, value in row.items()}
+    question, answer = _text(cells, "question", kind not in CAPTION_KINDS), _text(cells, table.answer, True)
+    if kind in CAPTION_KINDS:
+        question = question or prompt
+        answer = answer if kind == "reports" else _report(answer, source)
+    elif table.labels:
+        question = f" {question}"
+        if questions == "closed" and "choice a" in cells:
+            question, answer = _closed(cells, question, answer, table, upstream_exact)
+    extra = {name: value for name, value in row.items() if name.strip().lower() not in ("id", table.image)}
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    name = {"id": cells["id"]} if cells.get("id") else {}
+    return extra | name | {"image": cells[table.image], "conversations": turns}
+
+
+def _text(cells: Mapping[str, Any], column: str, is_needed: bool) -> str:
+    value = cells.get(column)
+    value = str(value) if isinstance(value, int | float) else "" if value is None else value
+    if not isinstance(value, str):
+        raise UserError(f"its {column} is {value!r}; it must be a text")
+    if is_needed and not value.strip():
+        raise UserError(f"its {column} is empty; write one, or take the row out")
+    return value
+
+
+def _closed(
+    cells: Mapping[str, Any], question: str, answer: str, table: _Table, upstream_exact: frozenset[str]
+) -> tuple[str, str]:
+    """Question and answer with the choices named."""
+
+    def shown(text: str) -> str:
+        return "nan" if UPSTREAM_CHOICES in upstream_exact and text in _MISSING else text
+
+    choices = [shown(_text(cells, f"choice {letter}", False)) for letter in "abcd"]
+    listed = "".join(f" {label}. {choice}" for label, choice in zip(table.labels, choices, strict=True))
+    letter = _text(cells, "answer choice", True)
+    if letter.strip().lower() not in tuple("abcd"):
+        raise UserError(f"its answer choice is {letter!r}; it must be one of {', '.join(table.labels)}")
+    return f"{question} Choices:{listed}", f"{letter}. {shown(answer)}{table.end}"
+
+
+def _report(text: str, source: str) -> str:
+    """M3D's caption entries name a text file, from the folder of the data set on: that of the list, or the one above."""
+    if not text.endswith(".txt") or "\n" in text:
+        return parse_report(text)
+    above = os.path.dirname(os.path.abspath(source)) if source else os.getcwd()
+    paths = [os.path.join(folder, text) for folder in (above, os.path.dirname(above), os.getcwd())]
+    found = next((path for path in paths if os.path.isfile(path)), "")
+    if not found:
+        raise UserError(f"its text {text!r} is not there; looked in {', '.join(dict.fromkeys(map(os.path.dirname, paths)))}")
+    try:
+        with open(found, encoding="utf-8") as file:
+            return parse_report(file.read())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{found}: cannot be read ({error}); save it as UTF-8") from error
+
+
+def parse_report(text: str) -> str:
+    """The report in a text of M3D-Cap: all after `study_findings:`; where that is all but empty, all after `discussion:`; else
+    the whole text. In one line."""
+    for mark in ("study_findings:", "discussion:"):
+        _, found, rest = text.partition(mark)
+        if mark == "study_findings:" and not found:
+            break
+        if found and len(re.sub(r"\s", "", rest)) >= _SHORTEST:
+            text = rest
+            break
+    return text.replace("\n", " ").strip()
+
+
+def read_csv(path: str) -> list[dict[str, str]]:
+    """Rows of a CSV file by their columns' names. Nothing is taken for missing: `NA` and `None` are texts."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.reader(file))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the CSV file of the records") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the table as UTF-8") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: is no CSV table ({error}); save it again") from error
+    if not rows:
+        raise UserError(f"{path}: holds no rows; give a table with a line of names and at least one row")
+    header, rows = rows[0], [row for row in rows[1:] if row]
+    if not kind_of(dict.fromkeys(header)):
+        known = "; ".join(", ".join(sorted(table.columns)) for table in _TABLES.values())
+        raise UserError(f"{path}: its columns are {', '.join(header)}; known tables have: {known}")
+    return [_by_name(header, row) for row in rows]
+
+
+def _by_name(header: Sequence[str], row: Sequence[str]) -> dict[str, Any]:
+    """A row by its columns; one of another length keeps its values under a name that no table has."""
+    if len(row) != len(header):
+        return {f"{len(row)} values for {len(header)} columns": list(row)}
+    return dict(zip(header, row, strict=True))
