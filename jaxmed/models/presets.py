@@ -18,6 +18,11 @@ LLAMA3_1_8B = DecoderConfig(
     rope=_LLAMA3_ROPE,
     max_positions=131072,
 )
+LLAMA3_8B = dataclasses.replace(LLAMA3_1_8B, rope=RopeConfig(theta=500000.0), max_positions=8192)
+"""Also Asclepius-Llama3-8B, a fine-tuned one"""
+LLAMA2_7B = dataclasses.replace(
+    LLAMA3_1_8B, vocab=32000, kv_heads=32, mlp=11008, rope=RopeConfig(theta=10000.0), max_positions=4096
+)
 LLAMA3_2_1B = DecoderConfig(
     vocab=128256,
     width=2048,
@@ -31,6 +36,7 @@ LLAMA3_2_1B = DecoderConfig(
     max_positions=131072,
     tied=True,
 )
+LLAMA3_2_3B = dataclasses.replace(LLAMA3_2_1B, width=3072, layers=28, heads=24, head_dim=128)
 TINYLLAMA_1_1B = DecoderConfig(
     vocab=32000,
     width=2048,
@@ -43,6 +49,24 @@ TINYLLAMA_1_1B = DecoderConfig(
     rope=RopeConfig(theta=10000.0),
     max_positions=2048,
 )
+MISTRAL_7B = dataclasses.replace(LLAMA3_1_8B, vocab=32000, rope=RopeConfig(theta=1e6), max_positions=32768)
+"""v0.2, on which LLaVA-Med v1.5 stands"""
+MISTRAL_7B_V01 = dataclasses.replace(MISTRAL_7B, rope=RopeConfig(theta=10000.0), window=4096)
+PHI3_MINI_4K = DecoderConfig(
+    vocab=32064,
+    width=3072,
+    layers=32,
+    heads=32,
+    kv_heads=32,
+    head_dim=96,
+    mlp=8192,
+    norm_eps=1e-5,
+    rope=RopeConfig(theta=10000.0),
+    max_positions=4096,
+    window=2047,
+    fused=True,
+)
+"""The 128k model has factors of rope that differ between its revisions; its folder's config.json has the right ones"""
 TINY = DecoderConfig(
     vocab=300,
     width=64,
@@ -57,4 +81,15 @@ TINY = DecoderConfig(
 )
 """For tests: divides over eight devices in every way."""
 
-DECODERS = {"llama3_1_8b": LLAMA3_1_8B, "llama3_2_1b": LLAMA3_2_1B, "tinyllama_1_1b": TINYLLAMA_1_1B, "tiny": TINY}
+DECODERS = {
+    "llama2_7b": LLAMA2_7B,
+    "llama3_8b": LLAMA3_8B,
+    "llama3_1_8b": LLAMA3_1_8B,
+    "llama3_2_1b": LLAMA3_2_1B,
+    "llama3_2_3b": LLAMA3_2_3B,
+    "tinyllama_1_1b": TINYLLAMA_1_1B,
+    "mistral_7b": MISTRAL_7B,
+    "mistral_7b_v01": MISTRAL_7B_V01,
+    "phi3_mini_4k": PHI3_MINI_4K,
+    "tiny": TINY,
+}
