@@ -9,6 +9,7 @@ key of the path. Axis letters: V rows of a vocabulary with padding, D width, A a
 from jaxmed.checkpoint.decoder_tables import decoder_rows, lora_rows
 from jaxmed.checkpoint.projector_tables import bridge_rows
 from jaxmed.checkpoint.row import Row
+from jaxmed.checkpoint.tower_tables import tower_rows
 from jaxmed.config import Experiment
 
 
@@ -16,4 +17,5 @@ def experiment_rows(experiment: Experiment) -> list[Row]:
     """Every row of an experiment's model."""
     model = experiment.model
     rows = decoder_rows(model.decoder, len(model.added_tokens))
-    return rows + lora_rows(experiment.lora, model.decoder) + bridge_rows(experiment)
+    rows += lora_rows(experiment.lora, model.decoder) + bridge_rows(experiment)
+    return rows + (tower_rows(model.tower) if experiment.visual.kind != "none" else [])

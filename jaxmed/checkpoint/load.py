@@ -5,7 +5,7 @@ to be ignored, every parameter of ours is filled; all offenders are told at once
 is read in the pieces that this process's devices hold; no more than one parameter is ever in host memory.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from jaxmed.config import Experiment
 from jaxmed.errors import UserError
 
 Path = tuple[str, ...]
+Surplus = Callable[[str], str]
 
 _COMPARED_ROWS = 4096
 
@@ -47,18 +48,27 @@ class Match:
     """Their tensors that nothing needs, with the reason"""
 
 
-def read_params(rows: Sequence[Row], sources: Sequence[TensorFolder], abstract: Any, partial: bool = False) -> Any:
+def no_surplus(name: str) -> str:
+    return ""
+
+
+def read_params(
+    rows: Sequence[Row], sources: Sequence[TensorFolder], abstract: Any, partial: bool = False, surplus: Surplus = no_surplus
+) -> Any:
     """The tree `abstract` (jax.ShapeDtypeStruct leaves, with shardings or without) as arrays on their devices.
 
     Later sources overlay earlier ones: [base, adapter] takes the adapter's embed_tokens where it has one. `partial`: the tree
-    holds a part of what the rows describe, such as the trainable half. NaN and infinite values are refused.
+    holds a part of what the rows describe, such as the trainable half. `surplus`: why a tensor (canonical name) that no row
+    names is not needed, "" if it is unknown. NaN and infinite values are refused.
     """
-    match = match_params(rows, sources, abstract, partial)
+    match = match_params(rows, sources, abstract, partial, surplus)
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     return structure.unflatten([_read_leaf(_path(keys), leaf, match) for keys, leaf in leaves])
 
 
-def match_params(rows: Sequence[Row], sources: Sequence[TensorFolder], abstract: Any, partial: bool = False) -> Match:
+def match_params(
+    rows: Sequence[Row], sources: Sequence[TensorFolder], abstract: Any, partial: bool = False, surplus: Surplus = no_surplus
+) -> Match:
     """Checks names, shapes and dtypes without reading values. Raises one UserError that lists every offender."""
     matcher = _Matcher(sources, {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(abstract)[0]})
     for row in rows:
@@ -66,7 +76,7 @@ def match_params(rows: Sequence[Row], sources: Sequence[TensorFolder], abstract:
             matcher.compare(row)
         elif not matcher.place(row) and not (partial or row.shared):
             matcher.problems.append(f"{row.theirs}: the model has no parameter {'/'.join(row.ours)}")
-    ignored = matcher.leftovers({name for row in rows for name in row.names()})
+    ignored = matcher.leftovers({name for row in rows for name in row.names()}, surplus)
     problems = list(dict.fromkeys(matcher.problems))
     if problems:
         head = f"{matcher.folders}: {len(problems)} tensor{'s do' if problems[1:] else ' does'} not fit the model: "
@@ -128,7 +138,7 @@ class _Matcher:
                 where = source.where(names[row.theirs])
                 self.problems.append(f"{where}: differs from {row.same_as}, though config.json ties them (tie_word_embeddings)")
 
-    def leftovers(self, claimed: set[str]) -> dict[str, str]:
+    def leftovers(self, claimed: set[str], surplus: Surplus) -> dict[str, str]:
         """Our parameters and their tensors that nothing has claimed; returns those that may be ignored."""
         unfilled = [path for path in self.leaves if path not in self.filled]
         self.problems += [f"{'/'.join(path)}: no tensor fills this parameter" for path in unfilled]
@@ -136,7 +146,7 @@ class _Matcher:
         for key, (source, name) in self.tensors.items():
             if key in claimed:
                 continue
-            if reason := ignored_reason(key):
+            if reason := ignored_reason(key) or surplus(key):
                 ignored[key] = reason
             else:
                 self.problems.append(f"{source.where(name)}: the model has no place for it")

@@ -13,7 +13,8 @@ from jaxmed.checkpoint.folders import detect
 from jaxmed.checkpoint.hf_io import TensorFolder, open_folder
 from jaxmed.checkpoint.hf_tables import Row, experiment_rows
 from jaxmed.checkpoint.names import canonical_names
-from jaxmed.config import Experiment
+from jaxmed.checkpoint.tower_tables import surplus_reason
+from jaxmed.config import Experiment, TowerConfig
 from jaxmed.errors import UserError
 
 Path = tuple[str | int, ...]
@@ -27,10 +28,15 @@ class WeightSources:
     """The later over the earlier"""
     parts: frozenset[str]
     """Parts of the model (see `part_of`) that the folders hold"""
+    tower: TowerConfig
 
     def covers(self, path: Path) -> bool:
         """Whether the folders must fill the parameter."""
         return part_of(path) in self.parts
+
+    def surplus(self, name: str) -> str:
+        """Why a tensor that no row names is not needed; "" if nothing here knows it."""
+        return surplus_reason(name, self.tower)
 
     def names(self, folder: TensorFolder) -> dict[str, str]:
         """Canonical name -> the name in the file."""
@@ -57,7 +63,7 @@ def weight_sources(experiment: Experiment) -> WeightSources:
     parts |= {"decoder"} if model.base else set()
     if model.tower.kind != "none" and "tower" not in parts and not _tower_elsewhere(experiment):
         raise UserError(_no_tower(experiment, folders))
-    return WeightSources(rows, folders, frozenset(parts))
+    return WeightSources(rows, folders, frozenset(parts), model.tower)
 
 
 def _tower_elsewhere(experiment: Experiment) -> bool:

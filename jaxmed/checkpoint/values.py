@@ -63,7 +63,7 @@ class Values:
                 self.upstream_names = set(names)
         if sources.folders:
             wanted = {path: leaf for path, leaf in self.shapes.items() if sources.covers(path)}
-            self._match = match_params(sources.rows, sources.folders, _nested(wanted), partial=True)
+            self._match = match_params(sources.rows, sources.folders, _nested(wanted), True, sources.surplus)
             self.ignored = dict(self._match.ignored)
         self._check_runs()
         self._kept: tuple[str, np.ndarray] | None = None

@@ -70,7 +70,7 @@ def _frozen(experiment: Experiment, missing: Leaves, stacked: Any, split: bool) 
     if not sources.folders:
         fresh = materialise(experiment, flatten(stacked), complete=False)
         return unstacked(fresh) if split else fresh
-    return flatten(read_params(sources.rows, sources.folders, unflatten(missing), partial=True))
+    return flatten(read_params(sources.rows, sources.folders, unflatten(missing), True, sources.surplus))
 
 
 def unstacked(leaves: Leaves) -> Leaves:

@@ -80,7 +80,7 @@ def materialise(experiment: Experiment, leaves: Leaves, complete: bool) -> Leave
     sources = weight_sources(experiment)
     if sources.folders:
         wanted = {path: leaf for path, leaf in leaves.items() if sources.covers(path)}
-        read = flatten(read_params(sources.rows, sources.folders, unflatten(wanted), partial=True))
+        read = flatten(read_params(sources.rows, sources.folders, unflatten(wanted), True, sources.surplus))
     fresh = initialised(experiment, {path: leaf for path, leaf in leaves.items() if path not in read})
     return overlay_runs(experiment, read | fresh, complete)
 
