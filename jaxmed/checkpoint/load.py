@@ -2,9 +2,11 @@
 
 First everything is matched by names, shapes and dtypes, strictly both ways: every tensor of the folders has a row or a reason
 to be ignored, every parameter of ours is filled; all offenders are told at once, before a value is read. Then each parameter
-is read in the pieces that this process's devices hold; no more than one parameter is ever in host memory.
+is read in the pieces that this process's devices hold, a stacked one a few layers at a time, and what was read of a mapped file
+is given back: host memory beside the devices' never holds more than about one tensor of theirs.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 
 from jaxmed.checkpoint.hf_io import TensorFolder, is_finite
 from jaxmed.checkpoint.hf_tables import experiment_rows
+from jaxmed.checkpoint.mapped import release
 from jaxmed.checkpoint.names import PEFT_PREFIX, canonical_names, ignored_reason
 from jaxmed.checkpoint.row import LAYER, Row
 from jaxmed.checkpoint.transforms import Transform
@@ -25,6 +28,8 @@ Path = tuple[str, ...]
 Surplus = Callable[[str], str]
 
 _COMPARED_ROWS = 4096
+_PIECE_BYTES = 1 << 27
+"""Of host memory that a read takes at once, where a parameter can be cut"""
 
 
 @dataclass(frozen=True)
@@ -170,16 +175,51 @@ def _places(row: Row, leaves: Mapping[Path, Any]) -> tuple[list[tuple[Path, list
 
 def _read_leaf(path: Path, leaf: Any, match: Match) -> jax.Array:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    layer_bytes = math.prod(sharding.shard_shape(leaf.shape)[1:]) * leaf.dtype.itemsize * len(sharding.addressable_devices)
+    at_once = max(1, _PIECE_BYTES // max(layer_bytes, 1))
+    whole_layers = sharding.shard_shape(leaf.shape)[:1] == leaf.shape[:1]
+    if path in match.stacked and whole_layers and at_once < leaf.shape[0]:
+        return _read_layers(path, leaf, sharding, match, at_once)
+    return _placed(path, leaf, leaf.shape, sharding, match, 0)
+
+
+def _read_layers(path: Path, leaf: Any, sharding: jax.sharding.Sharding, match: Match, at_once: int) -> jax.Array:
+    """A stacked parameter, `at_once` layers at a time into an array that lies on its devices from the start."""
+    array = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
+    put = jax.jit(
+        lambda whole, part, first: jax.lax.dynamic_update_slice_in_dim(whole, part, first, 0),
+        out_shardings=sharding,
+        donate_argnums=0,
+    )
+    for first in range(0, leaf.shape[0], at_once):
+        shape = (min(at_once, leaf.shape[0] - first), *leaf.shape[1:])
+        part = _placed(path, leaf, shape, sharding, match, first)
+        array = put(array, part, first).block_until_ready()
+        part.delete()
+    return array
+
+
+def _placed(
+    path: Path, leaf: Any, shape: tuple[int, ...], sharding: jax.sharding.Sharding, match: Match, first: int
+) -> jax.Array:
+    """A parameter on its devices, or `shape` of its layers from `first` on."""
     read: dict[Any, np.ndarray] = {}
+    stacked = path in match.stacked
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
-        key = tuple(s.indices(n) for s, n in zip(index, leaf.shape, strict=True))
-        if key not in read:  # copies of a shard on several devices are read once
-            read[key] = read_slice(match.filled[path], leaf.shape, leaf.dtype, index, path in match.stacked)
-        return read[key]
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        if bounds not in read:  # copies of a shard on several devices are read once
+            moved = [
+                (start + first, stop + first) if stacked and not i else (start, stop) for i, (start, stop) in enumerate(bounds)
+            ]
+            read[bounds] = read_slice(match.filled[path], leaf.shape, leaf.dtype, tuple(slice(*b) for b in moved), stacked)
+        return read[bounds]
 
-    array = jax.make_array_from_callback(leaf.shape, sharding, piece, dtype=leaf.dtype)
-    return array.block_until_ready()  # or the next parameters pile up in host memory
+    array = jax.make_array_from_callback(shape, sharding, piece, dtype=leaf.dtype)
+    array.block_until_ready()  # or the next parameters pile up in host memory
+    for source in match.filled[path]:
+        release(source.theirs)
+    return array
 
 
 def read_slice(
@@ -198,7 +238,15 @@ def read_slice(
 
 
 def _fill(out: np.ndarray, piece: Piece, shape: tuple[int, ...], index: tuple[slice, ...]) -> None:
-    out[...] = piece.transform.read(piece.theirs, shape, index)
+    """A transform may make an array of its own, so large ones are filled some rows at a time."""
+    rows = max(1, _PIECE_BYTES // 4 // max(out[:1].nbytes, 1)) if out.ndim else 0
+    if not out.ndim or rows >= len(out):
+        out[...] = piece.transform.read(piece.theirs, shape, index)
+    else:
+        start = index[0].start
+        for i in range(0, len(out), rows):
+            stop = min(i + rows, len(out))
+            out[i:stop] = piece.transform.read(piece.theirs, shape, (slice(start + i, start + stop), *index[1:]))
     if not is_finite(out):
         raise UserError(
             f"{piece.where}: holds NaN or infinite values; download the file again, or go back to an earlier checkpoint"
