@@ -89,8 +89,9 @@ def _attend(rules: Rules, dropout: Dropout | None) -> EncoderAttend:
         weights = jax.nn.softmax(scores, axis=-1)
         if dropout is not None:
             count, tokens, heads, keys = weights.shape
-            flat = weights.reshape(count, tokens, heads * keys)
-            weights = dropout.fold(_ATTENTION_WEIGHTS)(flat, rules, None).reshape(weights.shape)
+            flat = weights.reshape(count, tokens, heads * keys, out_sharding=rules.spec("batch", None, None))
+            dropped = dropout.fold(_ATTENTION_WEIGHTS)(flat, rules, None)
+            weights = dropped.reshape(weights.shape, out_sharding=rules.spec("batch", None, None, None))
         return jnp.einsum("mtqs,msqh->mtqh", weights.astype(v.dtype), v)
 
     return attend

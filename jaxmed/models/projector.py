@@ -81,9 +81,9 @@ class Projector(nnx.Module):
             coded = features + position_code(grid, features.shape[2], width).astype(features.dtype)
             features = self.pool_norm(self.pool(coded, token_mask))
         elif self.config.kind == "spp":
-            features = spatial_mean(features, self.visual.grid, self.config.spp_size, self.config.spp_pooling)
+            features = spatial_mean(features, self.visual.grid, self.config.spp_size, self.config.spp_pooling, rules)
         elif not self.config.position_wise:
-            features = joined_neighbours(features, by_channel=self.config.kind == "vanilla")
+            features = joined_neighbours(features, self.config.kind == "vanilla", rules)
         count, width = features.shape[2:]
         flat = features.reshape(batch, images * count, width, out_sharding=rules.spec("batch", None, None))
         token = jnp.broadcast_to(jnp.arange(images * count) % count, flat.shape[:2], out_sharding=rules.spec("batch", None))
@@ -110,25 +110,32 @@ def _check(config: ProjectorConfig, visual: VisualConfig, width: int) -> None:
         )
 
 
-def spatial_mean(features: jax.Array, grid: tuple[int, int, int], size: int, pooling: str) -> jax.Array:
+def spatial_mean(features: jax.Array, grid: tuple[int, int, int], size: int, pooling: str, rules: Rules) -> jax.Array:
     """[B, I, N, C] -> [B, I, E, C]: means, in float32, over cubes of `size` of the grid (depth, rows, columns; "spatial"), or
     over size^3 tokens in raster order ("sequence"). What is left over at the end of an axis is dropped."""
-    lead, width = features.shape[:2], features.shape[-1]
+    batch, images, tokens, width = features.shape
     if pooling == "sequence":
-        count = features.shape[2] // size**3
-        groups = features[:, :, : count * size**3].reshape(*lead, count, size**3, width)
+        count = tokens // size**3
+        groups = _reshaped(features[:, :, : count * size**3], (batch, images, count, size**3, width), rules)
         return jnp.mean(groups, axis=3, dtype=jnp.float32).astype(features.dtype)
     d, r, c = (n // size for n in grid)
-    x = features.reshape(*lead, *grid, width)[:, :, : d * size, : r * size, : c * size]
-    x = x.reshape(*lead, d, size, r, size, c, size, width)
-    return jnp.mean(x, axis=(3, 5, 7), dtype=jnp.float32).astype(features.dtype).reshape(*lead, d * r * c, width)
+    x = _reshaped(features, (batch, images, *grid, width), rules)[:, :, : d * size, : r * size, : c * size]
+    x = _reshaped(x, (batch, images, d, size, r, size, c, size, width), rules)
+    means = jnp.mean(x, axis=(3, 5, 7), dtype=jnp.float32).astype(features.dtype)
+    return _reshaped(means, (batch, images, d * r * c, width), rules)
 
 
-def joined_neighbours(features: jax.Array, by_channel: bool) -> jax.Array:
+def joined_neighbours(features: jax.Array, by_channel: bool, rules: Rules) -> jax.Array:
     """[B, I, N, C] -> [B, I, N / 4, 4 C]: four tokens in a row, one after the other, or (`by_channel`) interleaved."""
-    groups = features.reshape(*features.shape[:2], -1, GROUP, features.shape[-1])
+    batch, images, tokens, width = features.shape
+    groups = _reshaped(features, (batch, images, tokens // GROUP, GROUP, width), rules)
     groups = groups.swapaxes(-1, -2) if by_channel else groups
-    return groups.reshape(*groups.shape[:3], -1)
+    return _reshaped(groups, (batch, images, tokens // GROUP, GROUP * width), rules)
+
+
+def _reshaped(x: jax.Array, shape: tuple[int, ...], rules: Rules) -> jax.Array:
+    """Rows stay where they are."""
+    return x.reshape(shape, out_sharding=rules.spec("batch", *[None] * (len(shape) - 1)))
 
 
 class AttentionPool(nnx.Module):
