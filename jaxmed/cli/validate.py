@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxmed.checkpoint.adapter import run_experiment
-from jaxmed.checkpoint.folders import detect, llava_experiment, lora_config
+from jaxmed.checkpoint.folder_kinds import detect
+from jaxmed.checkpoint.folders import llava_experiment, lora_config
 from jaxmed.checkpoint.hf_config import decoder_of, read_config
 from jaxmed.checkpoint.hf_io import read_json
 from jaxmed.checkpoint.manager import FOLDER, newest, read_meta
@@ -90,8 +91,12 @@ def _from_run(experiment: Experiment, run: Experiment) -> Experiment:
     merged = dataclasses.replace(
         model,
         decoder=run.model.decoder,
+        tower=run.model.tower,
         projector=run.model.projector,
+        aggregator=run.model.aggregator,
+        fusion=run.model.fusion,
         base=base,
+        tower_folder=model.tower_folder or run.model.tower_folder,
         tokenizer=model.tokenizer or (own if os.path.isdir(own) else ""),
         added_tokens=run.model.added_tokens,
         pad_token=run.model.pad_token,
@@ -140,9 +145,11 @@ def _check_sources(experiment: Experiment) -> None:
     for name, path in (("records", data.records), ("eval-records", data.eval_records)):
         if path and not os.path.isfile(path):
             raise UserError(f"--data.{name} {path}: no such file")
-    for name, path in (("data.embeddings", data.embeddings), ("model.base", model.base), ("model.tokenizer", model.tokenizer)):
+    folders = {f"data.{name}": getattr(data, name) for name in ("embeddings", "images", "volumes")}
+    folders |= {f"model.{name}": getattr(model, name) for name in ("base", "tower_folder", "tokenizer")}
+    for name, path in folders.items():
         if path and not os.path.isdir(path):
-            raise UserError(f"--{name} {path}: no such folder")
+            raise UserError(f"--{name.replace('_', '-')} {path}: no such folder")
 
 
 def _changes(before: Experiment, after: Experiment) -> list[str]:

@@ -4,6 +4,7 @@ What can be known without the values of the images is checked here, all of it in
 the image files, lengths, supervised tokens. Values (NaN, pixels) are checked when a file is read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jaxmed.config import Experiment, VisualConfig
@@ -136,12 +137,19 @@ def _sample(
     grids = [files[path].grid for path in paths]
     tokens = tuple(token_count(grid, experiment.visual) for grid in grids)
     places = tuple(experiment.places(count, grid) for count, grid in zip(tokens, grids, strict=True))
-    length, supervised = text.length + sum(places), text.supervised
-    if options.max_length and any(count != options.places for count in places):
-        # The text's size was taken with images of the largest size; what is cut off depends on this sample's own.
-        example = encode_training(record, tokenizer, experiment.data.template, options)
-        length, supervised = spliced_counts(example, places, options.max_length)
+    length, supervised = spliced_size(record, text, places, experiment, tokenizer, options)
     return Sample(record, SampleSize(length, supervised, len(tokens), text.words), paths, tokens, places)
+
+
+def spliced_size(
+    record: Record, text: TextSize, places: Sequence[int], experiment: Experiment, tokenizer: Tokenizer, options: TextOptions
+) -> tuple[int, int]:
+    """(length, supervised tokens) of a sample whose images take these places."""
+    if not options.max_length or all(count == options.places for count in places):
+        return text.length + sum(places), text.supervised
+    # The text's size was taken with images of the largest size; what is cut off depends on this sample's own.
+    example = encode_training(record, tokenizer, experiment.data.template, options)
+    return spliced_counts(example, places, options.max_length)
 
 
 def _size_faults(text: TextSize, sample: Sample, experiment: Experiment) -> list[str]:

@@ -69,7 +69,7 @@ def _sample(row: Row, experiment: Experiment, tokenizer: Tokenizer, volumes: Vol
     data = experiment.data
     example = encode_training(row.record, tokenizer, data.template)
     images = list(zip(row.record.images, row.places, strict=True))
-    other = next((h.encoder for h in row.headers if not same_preprocessing(h.encoder, experiment.encode)), "")
+    other = next((f.encoder for f in row.files if not same_preprocessing(f.encoder, experiment.encode)), "")
     return {
         "row": row.record.row,
         "id": row.record.id,
@@ -81,7 +81,7 @@ def _sample(row: Row, experiment: Experiment, tokenizer: Tokenizer, volumes: Vol
         "voided": row.text.voided,
         "runs": token_panel.runs(example, tokenizer, images, data.buckets[-1]),
         "parts": _parts(row, data.buckets[-1]),
-        "assumed": bool(row.record.images) and not row.headers,
+        "assumed": bool(row.record.images) and not row.files,
         "volumes": [_volume(image, volumes, experiment) for image in row.record.images] if volumes else [],
         "other_encoder": other if volumes else "",
     }

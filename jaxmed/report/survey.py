@@ -1,21 +1,21 @@
 """What training will make of a records file: every record's size, bucket and faults, without reading voxels or tokens.
 
-Unlike jaxmed.data.dataset.scan it stops at nothing and works before the token files exist (images then count as the largest
+Unlike jaxmed.data.dataset.scan it stops at nothing and works before the image files exist (images then count as the largest
 that the config allows), since it is there to be looked at. `check_values` reads every file for what headers can't tell.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from jaxmed.config import Experiment
-from jaxmed.data.conversation import check_template
-from jaxmed.data.dataset import text_places
-from jaxmed.data.embeddings import Header, encoder_problem, header_problem, load_tokens, merged_grid, npz_path
+from jaxmed.data.conversation import check_template, reading_of, text_options
+from jaxmed.data.dataset import spliced_size
+from jaxmed.data.input_files import ImageFile, check_files, expected_encoder
+from jaxmed.data.inputs import input_folder, input_path, read_input, token_count
 from jaxmed.data.plan import bucket_for, capacity
 from jaxmed.data.records import Record, load_records, where
-from jaxmed.data.sizes import Progress, TextSize, read_headers, text_sizes
+from jaxmed.data.sizes import Progress, TextSize, text_sizes
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.errors import Problem, UserError
 
@@ -28,8 +28,8 @@ class Row:
     text: TextSize
     places: tuple[int, ...]
     """Places in the text of each image"""
-    headers: tuple[Header, ...]
-    """Of the token files that can be read"""
+    files: tuple[ImageFile, ...]
+    """Of its images, those that can serve"""
     length: int
     """Tokens after splicing"""
     bucket: int
@@ -60,57 +60,57 @@ def survey(experiment: Experiment, tokenizer: Tokenizer, path: str, progress: Pr
     """All records of a file. Lengths and headers are cached where training looks for them."""
     data, visual = experiment.data, experiment.visual
     check_template(data.template, tokenizer)
-    records, unreadable = load_records(path)
-    texts = text_sizes(records, path, tokenizer, data.template, progress)
-    headers: dict[str, Header | UserError] = {}
-    if data.embeddings and visual.kind != "none":
-        headers = read_headers([npz_path(data.embeddings, image) for r in records for image in r.images], path)
-    signed = (header.encoder for header in headers.values() if isinstance(header, Header) and header.encoder)
-    encoder = visual.encoder or next(signed, "")
-    rows = [_row(r, text, headers, experiment, encoder) for r, text in zip(records, texts, strict=True)]
+    records, unreadable = load_records(path, reading_of(experiment))
+    texts = text_sizes(records, path, tokenizer, data.template, progress, text_options(experiment))
+    folder = input_folder(data, visual)
+    paths = [input_path(folder, image, visual) for r in records for image in r.images] if folder else []
+    files = check_files(paths, visual, path)
+    encoder = expected_encoder(visual, (file.encoder for file in files.values()))
+    rows = [_row(r, text, files, experiment, tokenizer) for r, text in zip(records, texts, strict=True)]
     return Survey(tuple(rows), tuple(unreadable), encoder)
 
 
-def _row(record: Record, text: TextSize, headers: dict[str, Header | UserError], experiment: Experiment, encoder: str) -> Row:
+def _row(record: Record, text: TextSize, files: dict[str, ImageFile], experiment: Experiment, tokenizer: Tokenizer) -> Row:
     data, visual = experiment.data, experiment.visual
+    folder = input_folder(data, visual)
     faults, places, good = [], [], []
     if record.images and visual.kind == "none":
         faults.append("it has an image, but visual.kind is none")
     elif len(record.images) > visual.images:
         faults.append(f"{len(record.images)} images, visual.images is {visual.images}")
     for image in record.images:
-        header = headers.get(npz_path(data.embeddings, image))
+        file = files.get(input_path(folder, image, visual))
         places.append(experiment.image_tokens)
-        if isinstance(header, UserError):
-            faults.append(str(header))
-        elif header is not None:
-            fault = header_problem(header, visual) or encoder_problem(header, encoder)
-            faults += [fault] if fault else []
-            good.append(header)
-            places[-1] = places[-1] if fault else text_places(experiment, math.prod(merged_grid(header, visual)))
-    if text.places != len(record.images):
+        if file is not None and file.problem:
+            faults.append(file.problem)
+        elif file is not None:
+            good.append(file)
+            places[-1] = experiment.places(token_count(file.grid, visual), file.grid)
+    if text.places > len(record.images) or (text.places < len(record.images) and not data.max_length):
         faults.append(f"{text.places} places for images, {len(record.images)} images")
-    length = text.length + sum(places[: text.places])
+    shown = places[: text.places]
+    length, supervised = spliced_size(record, text, shown, experiment, tokenizer, text_options(experiment))
     bucket = bucket_for(length, data.buckets)
     if not bucket:
         faults.append(f"{length:,} tokens, the largest bucket is {data.buckets[-1]:,}")
-    elif text.supervised > capacity(data, 0, bucket)[1]:
-        faults.append(f"{text.supervised:,} supervised tokens, data.supervised is {data.supervised:,}")
+    elif supervised > capacity(data, 0, bucket)[1]:
+        faults.append(f"{supervised:,} supervised tokens, data.supervised is {data.supervised:,}")
     return Row(record, text, tuple(places), tuple(good), length, bucket, tuple(dict.fromkeys(faults)))
 
 
 def check_values(
     found: Survey, experiment: Experiment, read_volume: Callable[[str], str] | None, progress: Progress | None = None
 ) -> list[Problem]:
-    """Reads the token file of every image, and its volume through `read_volume(image)` (which returns "" or a fault)."""
-    folder, visual = experiment.data.embeddings, experiment.visual
+    """Reads the file of every image, and its volume through `read_volume(image)` (which returns "" or a fault)."""
+    visual = experiment.visual
+    folder = input_folder(experiment.data, visual)
     images = list({image: row.record for row in reversed(found.rows) for image in row.record.images}.items())
 
     def faults(image: str) -> list[str]:
         lines = []
-        if folder and visual.kind != "none":
+        if folder:
             try:
-                load_tokens(npz_path(folder, image), visual)
+                read_input(input_path(folder, image, visual), visual)
             except UserError as error:
                 lines.append(str(error))
         fault = read_volume(image) if read_volume else ""
