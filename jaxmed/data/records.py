@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jaxmed.data.tables import CAPTION_PROMPTS, conversation_of, kind_of, read_csv
+from jaxmed.data.tables import CAPTION_PROMPTS, RAGGED, conversation_of, kind_of, read_csv
 from jaxmed.data.tokenizer import IMAGE_TOKEN
 from jaxmed.errors import Problem, UserError
 
@@ -170,6 +170,8 @@ def record_from_dict(d: Any, row: int = 0, source: str = "", reading: Reading = 
     """The record of one JSON object or of one row of a table. A leading gpt turn is dropped: nothing precedes it that it
     could answer."""
     _require(isinstance(d, Mapping), f"it is {type(d).__name__}; a record must be a JSON object")
+    if RAGGED in d:
+        raise RecordError(f"it has {len(d[RAGGED])} values, more or fewer than the table has columns; quote texts with commas")
     key = next((name for name in TURNS if name in d), TURNS[0])
     if key not in d and kind_of(d):
         prompt = reading.prompts[row % len(reading.prompts)]

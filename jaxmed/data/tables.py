@@ -8,7 +8,7 @@ choices begin with one (it stands between placeholders and question), prompts fo
 import csv
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ CAPTION_PROMPTS = (
 )
 """Requests for a caption, where a row has no question of its own. The first one is used unless others are asked for."""
 
+RAGGED = ""
+"""Key of the values of a CSV row that are more or fewer than the table's columns"""
 CAPTION_KINDS = ("reports", "captions")
 UPSTREAM_CHOICES = "na_choices"
 """Name of the defect (`--upstream-exact`): pandas reads these strings as missing, and prints them as `nan`."""
@@ -165,17 +167,11 @@ def read_csv(path: str) -> list[dict[str, str]]:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the table as UTF-8") from error
     except csv.Error as error:
         raise UserError(f"{path}: is no CSV table ({error}); save it again") from error
+    header, *rows = [row for row in rows if row] or [[]]
     if not rows:
         raise UserError(f"{path}: holds no rows; give a table with a line of names and at least one row")
-    header, rows = rows[0], [row for row in rows[1:] if row]
     if not kind_of(dict.fromkeys(header)):
         known = "; ".join(", ".join(sorted(table.columns)) for table in _TABLES.values())
         raise UserError(f"{path}: its columns are {', '.join(header)}; known tables have: {known}")
-    return [_by_name(header, row) for row in rows]
-
-
-def _by_name(header: Sequence[str], row: Sequence[str]) -> dict[str, Any]:
-    """A row by its columns; one of another length keeps its values under a name that no table has."""
-    if len(row) != len(header):
-        return {f"{len(row)} values for {len(header)} columns": list(row)}
-    return dict(zip(header, row, strict=True))
+    # A row that does not fit keeps its values under no name, for the message about it.
+    return [dict(zip(header, row, strict=True)) if len(row) == len(header) else {RAGGED: row} for row in rows]

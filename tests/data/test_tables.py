@@ -1,0 +1,154 @@
+"""Tables of questions and captions: what becomes of a row, and that every refusal says where and what to do."""
+
+import json
+
+import pytest
+
+from jaxmed.data.records import Reading, load_records, record_from_dict, records_from_rows
+from jaxmed.data.tables import CAPTION_PROMPTS, conversation_of, kind_of, parse_report
+from jaxmed.errors import UserError
+
+PLAIN = Reading(placeholders=True)
+M3D = "Image Path,Text,Question Type,Question,Choice A,Choice B,Choice C,Choice D,Answer,Answer Choice"
+SAMF = "Question ID,Image,Question,Choice A,Choice B,Choice C,Choice D,Answer Choice,Answer"
+
+
+def write(tmp_path, text, name="t.csv"):
+    path = tmp_path / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+def texts(records):
+    return [tuple(turn.value for turn in record.turns) for record in records]
+
+
+def test_rows_of_each_table(tmp_path):
+    m3d = write(tmp_path, f'\ufeff{M3D}\na.npy,a.txt,3,"Which, now?",Liver,NA,,"Left ""k""",Liver,A\n', "m.csv")
+    (record,), problems = load_records(m3d, PLAIN)
+    assert problems == []
+    assert texts([record]) == [(' Which, now? Choices: A. Liver B. NA C.  D. Left "k"', "A. Liver")]
+    assert (record.id, record.images, record.row, record.source) == ("0", ("a.npy",), 0, m3d)
+    assert record.extra["Question Type"] == "3"
+    assert record.extra["Answer Choice"] == "A"
+    (opened,), _ = load_records(m3d, Reading(placeholders=True, questions="open"))
+    assert texts([opened]) == [(" Which, now?", "Liver")]
+    samf = write(tmp_path, f"{SAMF}\nq,b.nii.gz,Is it?,Yes,No,None,<NA>,b,No.\r\n\r\nq,c.nii.gz,Is it?,x,y,z,w,D,w\n", "s.csv")
+    records, problems = load_records(samf, PLAIN)
+    assert problems == []
+    assert texts(records) == [
+        (" Is it? Choices: a. Yes b. No c. None d. <NA>", "b. No.."),
+        (" Is it? Choices: a. x b. y c. z d. w", "D. w."),
+    ]
+    named = load_records(samf, Reading(placeholders=True, upstream_exact=frozenset({"na_choices"})))[0]
+    assert texts(named)[0] == (" Is it? Choices: a. Yes b. No c. nan d. nan", "b. No..")
+    reports = write(tmp_path, 'image,caption\na.nii.gz," Clear, both ""sides""."\nb.nii.gz,None\n', "r.csv")
+    assert texts(load_records(reports, PLAIN)[0]) == [
+        (CAPTION_PROMPTS[0], ' Clear, both "sides".'),
+        (CAPTION_PROMPTS[0], "None"),
+    ]
+
+
+def test_a_caption_has_its_own_question_or_one_of_a_list():
+    rows = [{"image": "a", "caption": "A."}, {"image": "b", "caption": "B.", "question": "What is it?"}] * 2
+    records = records_from_rows(rows, reading=Reading(placeholders=True, prompts=("One.", "Two.", "Three.")))
+    assert texts(records) == [("One.", "A."), ("What is it?", "B."), ("Three.", "A."), ("What is it?", "B.")]
+    assert len(set(CAPTION_PROMPTS)) == len(CAPTION_PROMPTS) >= 10
+
+
+def test_rows_from_python_are_known_by_their_columns():
+    row = {"image": "a.npy", "question": " Is it?", "answer": "Yes", "id": 7}
+    record = record_from_dict(row, reading=PLAIN)
+    assert (record.id, texts([record])) == ("7", [(" Is it?", "Yes")])
+    opened = {"Image Path": "a.npy", "Question": "Is it?", "Answer": 3}
+    assert texts([record_from_dict(opened, reading=PLAIN)]) == [(" Is it?", "3")]
+    assert kind_of({"image": "", "conversations": []}) == ""
+    with pytest.raises(UserError, match="its columns are image; known tables have"):
+        conversation_of({"image": "a"})
+
+
+def test_with_other_templates_an_image_goes_in_front():
+    record = record_from_dict({"image": "a.png", "question": "Is it?", "answer": "No"}, reading=Reading("prepend"))
+    assert texts([record]) == [("<image>\nIs it?", "No")]
+
+
+BAD = [
+    (f"{M3D}\na.npy,t,3,Q,1,2,3,4,2,E\n", "answer choice is 'E'", "one of A, B, C, D"),
+    (f"{M3D}\na.npy,t,3, ,1,2,3,4,2,B\n", "question is empty", "take the row out"),
+    (f"{M3D}\na.npy,t,3,Q,1,2,3,4,,B\n", "answer is empty", "take the row out"),
+    (f"{M3D}\n,t,3,Q,1,2,3,4,2,B\n", "`image` is ''", "file name"),
+    (f"{M3D}\na.npy,t,3,Q,1,2,3,4,2\n", "9 values, more or fewer", "quote texts"),
+    ("image,caption\na.npy, \n", "caption is empty", "write one"),
+    ("image,text\na.npy,none.txt\n", "'none.txt' is not there", "looked in"),
+]
+
+
+@pytest.mark.parametrize(("text", "what", "fix"), BAD)
+def test_an_unusable_row_is_a_problem_and_the_others_are_read(tmp_path, text, what, fix):
+    header = text.split("\n")[0]
+    good = {"image,caption": "b.npy,B.", "image,text": "b.npy,B."}.get(header, "b.npy,t,3,Q,1,2,3,4,2,b")
+    records, problems = load_records(write(tmp_path, f"{text}{good}\n"), PLAIN)
+    assert [record.row for record in records] == [1]
+    assert len(problems) == 1
+    assert "record 0" in problems[0].where
+    assert what in problems[0].what
+    assert fix in problems[0].what
+
+
+FILES = [
+    ("", "holds no rows", "at least one row"),
+    ("a,b\n1,2\n", "its columns are a, b", "known tables have"),
+    (b"image,caption\na,\xff\n", "not UTF-8 at byte 16", "as UTF-8"),
+    (f"{M3D}\n", "holds no rows", "at least one row"),
+]
+
+
+@pytest.mark.parametrize(("text", "what", "fix"), FILES)
+def test_an_unusable_table_is_named(tmp_path, text, what, fix):
+    with pytest.raises(UserError) as caught:
+        load_records(write(tmp_path, text), PLAIN)
+    message = str(caught.value)
+    assert "t.csv" in message
+    assert what in message
+    assert fix in message
+    with pytest.raises(UserError, match=r"no\.csv: cannot be read"):
+        load_records(str(tmp_path / "no.csv"))
+
+
+REPORTS = [
+    ("study_findings: Clear.\nNo effusion.\n", "Clear. No effusion."),
+    ("age: 3\nstudy_findings:\nClear lungs.\ndiscussion: None of note.", "Clear lungs. discussion: None of note."),
+    ("discussion: A long one.\nstudy_findings: n/a", "A long one. study_findings: n/a"),
+    ("study_findings: n/a\ndiscussion: ok", "n/a discussion: ok"),
+    ("title: x\nstudy_findings: n/a\n", "title: x study_findings: n/a"),
+    ("discussion: Not without findings.", "discussion: Not without findings."),
+    ("study_findings: a b c d", "study_findings: a b c d"),
+    ("study_findings: a b c d e", "a b c d e"),
+]
+
+
+@pytest.mark.parametrize(("text", "report"), REPORTS)
+def test_the_report_in_a_text_of_m3d(text, report):
+    assert parse_report(text) == report
+
+
+def test_lists_of_several_and_texts_in_files(tmp_path):
+    (tmp_path / "cases" / "lists").mkdir(parents=True)
+    (tmp_path / "cases" / "7.txt").write_text("study_findings: Clear lungs.\n")
+    (tmp_path / "cases" / "lists" / "8.txt").write_text("Small stone.")
+    rows = [{"image": "7.npy", "text": "7.txt"}, {"image": "8.npy", "text": "8.txt"}, {"image": "9.npy", "text": "In short."}]
+    path = write(tmp_path / "cases" / "lists", json.dumps({"train": rows[:1], "test": rows}), "cap.json")
+    records, problems = load_records(path, Reading(placeholders=True, split="test"))
+    assert problems == []
+    assert [record.turns[1].value for record in records] == ["Clear lungs.", "Small stone.", "In short."]
+    with pytest.raises(UserError, match=r"holds the lists train, test, not ''"):
+        load_records(path, PLAIN)
+
+
+def test_lines_of_json(tmp_path):
+    rows = [{"image": "a", "question": "Q", "answer": str(n)} for n in range(3)]
+    path = write(tmp_path, "\n".join(map(json.dumps, rows)) + "\n\n", "r.jsonl")
+    records, problems = load_records(path, PLAIN)
+    assert (problems, [record.turns[1].value for record in records]) == ([], ["0", "1", "2"])
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        load_records(write(tmp_path, '{"image": "a"}\n[1,\n', "b.jsonl"), PLAIN)
