@@ -10,7 +10,7 @@ from typing import Any
 import jaxmed
 from jaxmed.checkpoint.export import MODEL, Plan
 from jaxmed.checkpoint.export_config import tokenizer_folder, write_chat_template, write_tokenizer
-from jaxmed.checkpoint.folders import detect
+from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.hf_io import base_fingerprint
 from jaxmed.checkpoint.tensor_files import write_model, write_safetensors
 from jaxmed.checkpoint.torch_pickle_writer import save_bin

@@ -1,30 +1,20 @@
-"""What a folder is, and the experiment that an upstream LoRA folder describes.
+"""The experiments that upstream LoRA folders over a language model describe.
 
 Told from files and tensors, never from the folder's name. What no file stores comes from the defaults handed in.
 """
 
 import dataclasses
 import os
-from typing import Any, Literal
+from typing import Any
 
 from jaxmed.checkpoint.decoder_tables import EMBED, MODULES
 from jaxmed.checkpoint.hf_config import decoder_config, decoder_of, read_config
-from jaxmed.checkpoint.hf_io import MODEL_FILES, TensorFolder, open_folder, read_json
+from jaxmed.checkpoint.hf_io import TensorFolder, open_folder, read_json
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.projector_tables import PROJECTOR
 from jaxmed.config import LORA_TARGETS, DecoderConfig, Experiment, LoraConfig, ProjectorConfig, VisualConfig
 from jaxmed.data.tokenizer import has_tokenizer
 from jaxmed.errors import UserError
-
-FolderKind = Literal["run", "hf", "llava_lora", "peft", "mm_projector"]
-
-KINDS: dict[FolderKind, str] = {
-    "run": "a run of jaxmed (config.json and checkpoints/)",
-    "hf": "a Hugging Face language model (config.json with a model_type, and its weights)",
-    "llava_lora": "an upstream LoRA folder (adapter_config.json, adapter_model, config.json with mm_* fields)",
-    "peft": "a PEFT adapter (adapter_config.json and adapter_model)",
-    "mm_projector": "a projector alone (mm_projector.bin)",
-}
 
 # BTB3D's tokens in the order in which its training adds them, for a folder that came without its tokenizer.
 BTB3D_TOKENS = ("<pad>", "<multiple_choice>", "<long_answer>", "<short_answe>", "<report_generation>", "<im_patch>")
@@ -44,42 +34,15 @@ _PLAIN_LORA = {
 }
 
 
-def detect(path: str) -> FolderKind:
-    """What a folder (or a single projector file) is. UserError if it is nothing that is known."""
-    if os.path.isfile(path):
-        names = canonical_names(open_folder(path).names(), path)
-        if names and all(name.startswith(PROJECTOR) for name in names):
-            return "mm_projector"
-        raise UserError(f"{path}: a single file is read only where it holds a projector (mm_projector.bin); give the folder")
-    if not os.path.isdir(path):
-        raise UserError(f"{path}: no such folder (jaxmed downloads nothing; give the path of a folder on this machine)")
-    present = set(os.listdir(path))
-    config = read_config(path) if "config.json" in present else {}
-    if {"model", "visual", "train"} <= set(config):
-        if "checkpoints" in present:
-            return "run"
-        raise UserError(f"{path}: is a run that has saved no checkpoint yet; go on with it by `jaxmed train ... --out {path}`")
-    if "adapter_config.json" in present:
-        return "llava_lora" if any(key.startswith("mm_") for key in config) else "peft"
-    if "model_type" in config and (present & set(MODEL_FILES) or any(name.endswith(".safetensors") for name in present)):
-        return "hf"
-    if "mm_projector.bin" in present:
-        return "mm_projector"
-    nested = sorted(name for name in present if name.startswith("checkpoint-"))
-    if nested:
-        raise UserError(f"{path}: holds {', '.join(nested)} but no model of its own; give the folder of one of them")
-    raise UserError(f"{path}: is none of {'; '.join(KINDS.values())}")
-
-
 def llava_experiment(folder: str, base: str, defaults: Experiment) -> Experiment:
     """The experiment of an upstream LoRA folder over a base: all that its files say, the rest from `defaults`.
 
     `base` "": the folder that adapter_config.json names, where it is on this machine.
     """
     config, adapter = read_config(folder), read_json(os.path.join(folder, "adapter_config.json"))
-    base = base or _base_of(folder, adapter)
+    base = base or base_of(folder, adapter)
     decoder = decoder_of(base)
-    _check_same_model(decoder, decoder_config(config, os.path.join(folder, "config.json")), base, folder)
+    check_same_model(decoder, decoder_config(config, os.path.join(folder, "config.json")), base, folder)
     tensors = open_folder(folder)
     names = canonical_names(tensors.names(), folder)
     added = added_tokens(folder, decoder.vocab, config.get("vocab_size", decoder.vocab))
@@ -104,7 +67,7 @@ def llava_experiment(folder: str, base: str, defaults: Experiment) -> Experiment
 def peft_experiment(folder: str, base: str, defaults: Experiment) -> Experiment:
     """The experiment of a PEFT adapter over a language model; text alone. `base` as in `llava_experiment`."""
     adapter = read_json(os.path.join(folder, "adapter_config.json"))
-    base = base or _base_of(folder, adapter)
+    base = base or base_of(folder, adapter)
     names = canonical_names(open_folder(folder).names(), folder)
     if any(name.startswith(PROJECTOR) for name in names):
         raise UserError(
@@ -117,7 +80,7 @@ def peft_experiment(folder: str, base: str, defaults: Experiment) -> Experiment:
     return dataclasses.replace(defaults, model=model, visual=visual, lora=lora_config(adapter, folder), train=train)
 
 
-def _base_of(folder: str, adapter: dict[str, Any]) -> str:
+def base_of(folder: str, adapter: dict[str, Any]) -> str:
     named = adapter.get("base_model_name_or_path") or ""
     places = [named, os.path.join(folder, named)] if named else []
     found = next((place for place in places if os.path.exists(os.path.join(place, "config.json"))), "")
@@ -126,9 +89,9 @@ def _base_of(folder: str, adapter: dict[str, Any]) -> str:
     return found
 
 
-def _check_same_model(base: DecoderConfig, adapter: DecoderConfig, base_folder: str, folder: str) -> None:
+def check_same_model(base: DecoderConfig, adapter: DecoderConfig, base_folder: str, folder: str) -> None:
     """The adapter's config repeats its base's; another base would load without an error where the sizes happen to agree."""
-    free = ("vocab", "max_positions", "initializer_range")
+    free = ("vocab", "surplus", "max_positions", "initializer_range")
     fields = [field.name for field in dataclasses.fields(DecoderConfig) if field.name not in free]
     other = [name for name in fields if getattr(base, name) != getattr(adapter, name)]
     if other:

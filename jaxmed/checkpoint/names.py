@@ -18,12 +18,12 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from jaxmed.checkpoint.projector_tables import FUSION, PROJECTOR
+from jaxmed.checkpoint.tower_tables import TOWER_PREFIX
 from jaxmed.errors import UserError
 
 Role = Literal["model", "tower"]
 
 PEFT_PREFIX = "base_model.model."
-TOWER_PREFIX = "model.vision_tower.vision_tower."
 
 # Tensors that need no place, by the end of their names ...
 IGNORED = {

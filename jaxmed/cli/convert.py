@@ -56,7 +56,7 @@ def run(argv: list[str]) -> int:
     from jaxmed.api import resolve
     from jaxmed.checkpoint.export import plan_export
     from jaxmed.checkpoint.export_folder import check_out, write_export
-    from jaxmed.checkpoint.folders import KINDS, detect
+    from jaxmed.checkpoint.folder_kinds import KINDS, detect
     from jaxmed.checkpoint.tensor_files import parse_size
 
     shard_size = parse_size(args.shard_size, "--shard-size")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jaxmed.checkpoint.folders import BTB3D_TOKENS, added_tokens, detect, llava_experiment, lora_config
+from jaxmed.checkpoint.folder_kinds import detect
+from jaxmed.checkpoint.folders import BTB3D_TOKENS, added_tokens, llava_experiment, lora_config
 from jaxmed.checkpoint.hf_config import decoder_of
 from jaxmed.config import DataConfig, Experiment, LoraConfig, ModelConfig, OptimConfig, VisualConfig, to_json
 from jaxmed.errors import UserError

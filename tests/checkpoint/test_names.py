@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from jaxmed.checkpoint.names import BESIDE, TOWER_PREFIX, canonical_names, ignored_reason
+from jaxmed.checkpoint.names import BESIDE, canonical_names, ignored_reason
+from jaxmed.checkpoint.tower_tables import TOWER_PREFIX
 from jaxmed.errors import UserError
 
 VISION = {

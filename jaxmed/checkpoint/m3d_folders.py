@@ -1,0 +1,151 @@
+"""The experiments of M3D-LaMed's and SAMF's folders: merged weights, or the state dict that upstream's training writes.
+
+That state dict (model_with_lora.bin) is whole: language model, adapters, tower, projector and fusion. Upstream writes neither
+config nor tokenizer beside it; they come from the base then, and the sizes of the image side are the published ones.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from jaxmed.checkpoint.folder_parts import (
+    Found,
+    Given,
+    Selection,
+    Source,
+    cut_vocabulary,
+    find_tower,
+    json_of,
+    lora_of_tensors,
+    table_rows,
+    visual_config,
+)
+from jaxmed.checkpoint.folders import check_same_model
+from jaxmed.checkpoint.hf_config import decoder_config, decoder_of, language_model
+from jaxmed.checkpoint.hf_io import open_folder
+from jaxmed.checkpoint.projector_tables import FUSION, aggregator_from, fusion_from, projector_from
+from jaxmed.config import DataConfig, DecoderConfig, Experiment, ModelConfig, PixelConfig, TrainConfig
+from jaxmed.data.tokenizer import Tokenizer, has_tokenizer, read_end_ids
+from jaxmed.errors import UserError
+
+M3D_TOKENS = ("<im_patch>", "<bx_start>", "<bx_end>", "[SEG]")
+"""Tokens that M3D's training adds, in this order; SAMF's adds the first three."""
+M3D_LENGTH = 512
+"""Tokens of a row in M3D's and SAMF's training, image places included."""
+
+# What M3D's and SAMF's configs add to the language model's, for a model_with_lora.bin that came without one.
+_PUBLISHED = {
+    "lamed": {"vision_tower": "vit3d", "image_channel": 1, "image_size": [32, 256, 256], "patch_size": [4, 16, 16]},
+    "samf": {"vision_tower": "dino_large", "model_type": "llava_phi3"},
+}
+
+
+def m3d_experiment(folder: str, base: str, tower: str, given: Given) -> Found:
+    """Merged weights, or the state dict with adapters in it that upstream's training writes, which is whole too."""
+    source, notices = _m3d_source(folder, base)
+    config, samf = source.config, source.config["vision_tower"] != "vit3d"
+    layer, feature = config.get("vision_select_layer", -1), config.get("vision_select_feature") or "patch"
+    select = Selection(layer, feature, ("dino",) if samf else ("vit3d",), "", given.heads)
+    found = find_tower(source, tower, select)
+    _check_volume(source, found.config.image, found.config.patch)
+    fusion = fusion_from(config, source.shapes, source.where)
+    lora = lora_of_tensors(source)
+    words, decoder, added = _m3d_vocabulary(source, base)
+    model = ModelConfig(
+        decoder=decoder,
+        tower=found.config,
+        tower_folder=found.folder,
+        projector=projector_from(config, source.shapes, source.where),
+        fusion=fusion,
+        base=folder,
+        tokenizer="" if words == folder else words,
+        added_tokens=added,
+        end_ids=_end_ids(folder, base),
+    )
+    if model.projector.kind == "aggregator":
+        model = replace(model, aggregator=aggregator_from(source.shapes, source.where))
+    adapter = lora.rank > 0
+    train = TrainConfig(
+        trainable="adapter" if adapter else "all", train_tower=True, train_embed_tokens=adapter, train_head=adapter
+    )
+    data = DataConfig(template="m3d", max_length=M3D_LENGTH, buckets=(M3D_LENGTH,))
+    if samf:
+        data = replace(data, pad_id=_pad_id(config, words))
+    visual = visual_config(found.config, PixelConfig("crop", found.config.image[-1], found.config.image[-1]))
+    experiment = Experiment(model=model, visual=visual, lora=lora, train=train, data=data)
+    return experiment, [*notices, *found.notices, *_assumed(experiment, given)]
+
+
+def _assumed(experiment: Experiment, given: Given) -> list[str]:
+    """Notices of what no file stores, where nobody has said it."""
+    lora, model, notices = experiment.lora, experiment.model, []
+    if lora.rank and "lora.alpha" not in given.fields:
+        notices.append(
+            f"lora: rank {lora.rank} as the tensors have it, alpha {lora.alpha:g} assumed (no file says); --set lora.alpha=N"
+        )
+    if model.projector.kind == "aggregator" and "model.aggregator.heads" not in given.fields:
+        notices.append(f"aggregator: {model.aggregator.heads} heads assumed (no file says); --set aggregator.heads=N")
+    return notices
+
+
+def _m3d_source(folder: str, base: str) -> tuple[Source, list[str]]:
+    """The folder with its config; where training wrote none, the base's with what is published of the rest."""
+    tensors = open_folder(folder)
+    config, where = json_of(folder), os.path.join(folder, "config.json")
+    source = Source(folder, config, where, tensors)
+    samf = any(name.startswith(FUSION) for name in source.shapes) or "mm_fuse_type" in config
+    published = _PUBLISHED["samf" if samf else "lamed"]
+    if config:
+        if json_of(base):
+            check_same_model(decoder_of(base), decoder_config(config, where), base, folder)
+        return replace(source, config={"vision_tower": published["vision_tower"]} | config), []
+    if not json_of(base):
+        raise UserError(
+            f"{folder}: has no config.json; give the folder of the language model that it was trained from with --base"
+        )
+    own = json_of(base)
+    own["model_type"] = f"lamed_{language_model(own['model_type'])[0]}"
+    where = os.path.join(base, "config.json")
+    notice = f"{folder}: has no config.json; the language model is that of {base}, the image side as published"
+    return Source(folder, own | published | {"vocab_size": table_rows(source)}, where, tensors), [notice]
+
+
+def _check_volume(source: Source, image: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    """A tower's own folder against the model's config; SAMF's config repeats M3D's sizes and means nothing by them."""
+    for name, found in {"image_size": image, "patch_size": patch}.items():
+        stated = source.config.get(name)
+        if source.config["vision_tower"] == "vit3d" and stated is not None and tuple(stated) != found:
+            raise UserError(
+                f"{source.where}: {name} is {stated}, the image tower's is {list(found)}; give this model's own with --tower"
+            )
+
+
+def _m3d_vocabulary(source: Source, base: str) -> tuple[str, DecoderConfig, tuple[str, ...]]:
+    """(tokenizer's folder, decoder, tokens that its training added to the base's tokenizer, where only that is here)."""
+    folder, decoder = source.folder, decoder_config(dict(source.config), source.where)
+    if has_tokenizer(folder) or not base:
+        return folder, cut_vocabulary(decoder, folder), ()
+    rows = decoder.vocab
+    size = Tokenizer.from_folder(base).size if has_tokenizer(base) else rows
+    if not 0 <= rows - size <= len(M3D_TOKENS):
+        raise UserError(
+            f"{folder}: has {rows} rows of tokens, the tokenizer of {base} has {size}; give the model's own base, or copy its "
+            "tokenizer there"
+        )
+    return base, replace(decoder, vocab=size), M3D_TOKENS[: rows - size]
+
+
+def _end_ids(folder: str, base: str) -> tuple[int, ...]:
+    """Upstream generates with the base's generation_config.json where training wrote none."""
+    if json_of(folder, "generation_config.json") or not json_of(base, "generation_config.json"):
+        return ()
+    return read_end_ids(base)
+
+
+def _pad_id(config: Mapping[str, Any], tokenizer: str) -> int:
+    """SAMF's fusion reads the padding: the end token, as its training sets it."""
+    stated = config.get("pad_token_id")
+    if isinstance(stated, int):
+        return stated
+    return Tokenizer.from_folder(tokenizer).pad_id if has_tokenizer(tokenizer) else -1
