@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jaxmed.cli import common
 from jaxmed.config import Experiment
+from jaxmed.data.inputs import FOLDERS, input_folder
 from jaxmed.data.metadata import Metadata
 from jaxmed.data.sizes import Progress as Callback
 from jaxmed.data.tokenizer import Tokenizer
@@ -36,13 +37,13 @@ class Args(Experiment):
     seed: int = 0
     """Seed of the lot"""
     volumes: str = ""
-    """Folder of NIfTI volumes (as --data.volumes): shows slices, histogram and the Hounsfield rule"""
+    """Folder of NIfTI volumes (else --data.volumes, beside token files): shows slices, histogram and the Hounsfield rule"""
     metadata: str = ""
     """CT-RATE's metadata CSV: spacing and rescale of the volumes"""
     hu: Override = "auto"
     """Which rule gives the Hounsfield units: the one that has air, or this"""
     check_values: bool = False
-    """Read every token file (and volume) for NaN and other damage that headers do not show; exit code 1 if there is any"""
+    """Read every image's file (and volume) for NaN and other damage that headers do not show; exit code 1 if there is any"""
 
 
 def parse_rows(text: str) -> tuple[int, ...]:
@@ -73,7 +74,9 @@ def _tokenizer(args: Args) -> Tokenizer:
 
 
 def _volumes(args: Args) -> preview.Volumes | None:
-    folder = args.volumes or args.data.volumes
+    # Where a tower reads the volumes, they are not the CT that `encode` describes.
+    read_by_tower = args.visual.kind in ("volumes", "slices")
+    folder = args.volumes or ("" if read_by_tower else args.data.volumes)
     if not folder:
         return None
     return preview.Volumes(VolumeFolder(folder), Metadata(args.metadata) if args.metadata else None, args.hu)
@@ -102,8 +105,9 @@ def run(argv: list[str]) -> int:
     )
     if not args.data.records:
         raise UserError("preview needs records: give --data.records FILE.json")
-    if args.data.embeddings and not os.path.isdir(args.data.embeddings):
-        raise UserError(f"--data.embeddings {args.data.embeddings}: no such folder")
+    folder = input_folder(args.data, args.visual)
+    if folder and not os.path.isdir(folder):
+        raise UserError(f"--data.{FOLDERS[args.visual.kind]} {folder}: no such folder")
     wanted = parse_rows(args.rows)
     if args.random < 0:
         raise UserError(f"--random is {args.random}; it must not be negative")

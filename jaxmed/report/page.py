@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 
 
 def png(picture: np.ndarray) -> str:
-    """A data URI of a grey picture uint8 [rows, columns]."""
+    """A data URI of a picture uint8, grey [rows, columns] or RGB [rows, columns, 3]."""
     data = io.BytesIO()
     Image.fromarray(picture).save(data, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")

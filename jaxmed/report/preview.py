@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from jaxmed.config import Experiment
-from jaxmed.data.conversation import encode_training
+from jaxmed.data.conversation import Example, encode_training, text_options
 from jaxmed.data.encode import same_preprocessing
+from jaxmed.data.inputs import FOLDERS, TOKEN_KINDS, input_folder
 from jaxmed.data.metadata import Metadata
+from jaxmed.data.records import RecordError
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.data.volumes import Override
 from jaxmed.errors import Problem, UserError
-from jaxmed.report import page, token_panel, volume_panel
+from jaxmed.report import input_panel, page, token_panel, volume_panel
 from jaxmed.report.slices import VolumeFolder
 from jaxmed.report.survey import Row, Survey
 
@@ -56,18 +58,25 @@ def _volume(image: str, volumes: Volumes, experiment: Experiment) -> dict[str, A
     return {"panels": shown, "fault": fault, "missing": ""}
 
 
-def _parts(row: Row, limit: int) -> list[dict[str, Any]]:
+def _parts(row: Row) -> list[dict[str, Any]]:
     """Shares of the row's bucket in percent: image, context, supervised, padding."""
     whole = max(row.bucket or row.length, 1)
-    image = sum(row.places[: row.text.places])
-    counts = {"image": image, "context": row.text.length - row.text.supervised, "supervised": row.text.supervised}
+    image = min(sum(row.places[: row.text.places]), row.length)
+    counts = {"image": image, "context": max(row.length - image - row.supervised, 0), "supervised": row.supervised}
     counts["padding"] = max(row.bucket - row.length, 0)
     return [{"kind": kind, "count": n, "share": 100 * n / whole} for kind, n in counts.items() if n]
 
 
+def _example(row: Row, experiment: Experiment, tokenizer: Tokenizer) -> Example:
+    try:
+        return encode_training(row.record, tokenizer, experiment.data.template, text_options(experiment))
+    except RecordError:  # why is said as the reason for which it is voided
+        return Example(np.zeros(0, np.int32), np.zeros(0, np.int32), row.text.voided)
+
+
 def _sample(row: Row, experiment: Experiment, tokenizer: Tokenizer, volumes: Volumes | None) -> dict[str, Any]:
     data = experiment.data
-    example = encode_training(row.record, tokenizer, data.template)
+    example = _example(row, experiment, tokenizer)
     images = list(zip(row.record.images, row.places, strict=True))
     other = next((f.encoder for f in row.files if not same_preprocessing(f.encoder, experiment.encode)), "")
     return {
@@ -76,11 +85,12 @@ def _sample(row: Row, experiment: Experiment, tokenizer: Tokenizer, volumes: Vol
         "images": ", ".join(row.record.images),
         "bucket": row.bucket,
         "length": row.length,
-        "supervised": row.text.supervised,
+        "supervised": row.supervised,
         "faults": row.faults,
         "voided": row.text.voided,
-        "runs": token_panel.runs(example, tokenizer, images, data.buckets[-1]),
-        "parts": _parts(row, data.buckets[-1]),
+        "runs": token_panel.runs(example, tokenizer, images, min(data.buckets[-1], data.max_length or data.buckets[-1])),
+        "parts": _parts(row),
+        "inputs": input_panel.panels(row.record.images, experiment) if row.files else [],
         "assumed": bool(row.record.images) and not row.files,
         "volumes": [_volume(image, volumes, experiment) for image in row.record.images] if volumes else [],
         "other_encoder": other if volumes else "",
@@ -123,11 +133,14 @@ def write_page(
         ("Tokenizer", experiment.model.tokenizer or experiment.model.base),
         ("Buckets", ", ".join(f"{bucket:,}" for bucket in data.buckets)),
     ]
-    facts += [("Token files", data.embeddings)] if data.embeddings else []
-    facts += [("Encoder", found.encoder or "unsigned")] if data.embeddings else []
+    folder, kind = input_folder(data, experiment.visual), experiment.visual.kind
+    if folder:
+        facts.append(("Token files" if kind in TOKEN_KINDS else "Images", folder))
+    if folder and kind in TOKEN_KINDS:
+        facts.append(("Encoder", found.encoder or "unsigned"))
     notices = []
-    if any(row.record.images for row in rows) and not data.embeddings and experiment.visual.kind != "none":
-        notices.append("Without --data.embeddings every image counts as the largest that the config allows.")
+    if any(row.record.images for row in rows) and not folder and kind != "none":
+        notices.append(f"Without --data.{FOLDERS[kind]} every image counts as the largest that the config allows.")
     page.write(
         path,
         "preview.jinja",
@@ -138,7 +151,7 @@ def write_page(
         samples=[_sample(row, experiment, tokenizer, volumes) for row in rows],
         usable=len(usable),
         total=len(found.rows) + len(found.unreadable),
-        supervised=round(float(np.median([row.text.supervised for row in usable]))) if usable else 0,
+        supervised=round(float(np.median([row.supervised for row in usable]))) if usable else 0,
         length=round(float(np.median([row.length for row in usable]))) if usable else 0,
         buckets=_buckets(found, experiment),
         refused=_listed(found.refused),

@@ -31,7 +31,8 @@ class Row:
     files: tuple[ImageFile, ...]
     """Of its images, those that can serve"""
     length: int
-    """Tokens after splicing"""
+    """Tokens after splicing and the cut"""
+    supervised: int
     bucket: int
     """0 where none holds it"""
     faults: tuple[str, ...]
@@ -95,7 +96,7 @@ def _row(record: Record, text: TextSize, files: dict[str, ImageFile], experiment
         faults.append(f"{length:,} tokens, the largest bucket is {data.buckets[-1]:,}")
     elif supervised > capacity(data, 0, bucket)[1]:
         faults.append(f"{supervised:,} supervised tokens, data.supervised is {data.supervised:,}")
-    return Row(record, text, tuple(places), tuple(good), length, bucket, tuple(dict.fromkeys(faults)))
+    return Row(record, text, tuple(places), tuple(good), length, supervised, bucket, tuple(dict.fromkeys(faults)))
 
 
 def check_values(

@@ -41,7 +41,7 @@ def runs(example: Example, tokenizer: Tokenizer, images: Sequence[tuple[str, int
     found: list[Run] = []
     place, image = 0, 0
     pending: list[_Token] = []
-    for token, label in zip(example.ids.tolist(), example.labels.tolist(), strict=True):
+    for token, label in _ids_and_labels(example, images):
         if token != IMAGE_ID:
             kind: Kind = "cut" if place >= limit else "context" if label == IGNORE else "supervised"
             if pending and pending[-1].kind != kind:
@@ -62,6 +62,15 @@ def runs(example: Example, tokenizer: Tokenizer, images: Sequence[tuple[str, int
     if pending:
         found.append(Run(pending[0].kind, tuple(_pieces(pending, tokenizer))))
     return found
+
+
+def _ids_and_labels(example: Example, images: Sequence[tuple[str, int]]) -> list[tuple[int, int]]:
+    """With IMAGE_ID once for each image, also where images lie on positions of the text."""
+    pairs = list(zip(example.ids.tolist(), example.labels.tolist(), strict=True))
+    if example.image_start < 0:
+        return pairs
+    end = example.image_start + sum(count for _, count in images)
+    return [*pairs[: example.image_start], *[(IMAGE_ID, IGNORE)] * len(images), *pairs[end:]]
 
 
 def _pieces(tokens: list[_Token], tokenizer: Tokenizer) -> list[Piece]:
