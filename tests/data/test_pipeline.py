@@ -80,6 +80,19 @@ def test_rows_against_a_naive_splice(folder, settings, pooled):
     assert seen == 40
 
 
+def test_a_cut_goes_by_each_images_own_tokens(folder):
+    """Images of 24 and 30 tokens: what is left of a sample is what its own places leave."""
+    dataset = open_dataset(folder, max_length=150, on_bad_record="skip")
+    assert len({s.size.length for s in dataset.samples}) > 3 and max(s.size.length for s in dataset.samples) == 150
+    for index, sample in enumerate(dataset.samples):
+        spliced, targets = naive_segment(sample, list(sample.tokens))
+        kept = [(t, label) for t, label in targets if t + 1 < 150]
+        assert (sample.size.length, sample.size.supervised) == (min(len(spliced), 150), len(kept)), sample.record.id
+        arrays, _ = build_rows(dataset, GlobalBatch(151, ((index,),)), [0])
+        assert (arrays["segment_ids"][0] > 0).sum() == sample.size.length
+        assert (arrays["supervised"][0] >= 0).sum() == len(kept)
+
+
 def test_image_values_stand_where_image_index_points(folder):
     volumes = make_volumes(folder / "again", 5)
     dataset = open_dataset(folder, **PACKED)
