@@ -9,8 +9,8 @@ import shutil
 from typing import Any
 
 from jaxmed.checkpoint.decoder_tables import peft_modules
-from jaxmed.checkpoint.folders import detect
-from jaxmed.checkpoint.hf_config import read_config
+from jaxmed.checkpoint.folder_kinds import detect
+from jaxmed.checkpoint.hf_config import attention_factor, language_model, read_config
 from jaxmed.checkpoint.hf_io import read_json
 from jaxmed.config import DecoderConfig, Experiment
 from jaxmed.data.tokenizer import Tokenizer, has_tokenizer
@@ -63,10 +63,9 @@ def hf_documents(experiment: Experiment, dtype: str) -> dict[str, dict[str, Any]
     """config.json and generation_config.json of a language model in `dtype`, for transformers 4 and 5."""
     model = experiment.model
     config = _base_config(experiment)
-    family = config["model_type"].removeprefix("llava_")
     config = {name: value for name, value in config.items() if not name.startswith("mm_") and name != "_name_or_path"}
-    config["model_type"] = family
-    config["architectures"] = [{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[family]]
+    config["model_type"], architecture = language_model(config["model_type"])
+    config["architectures"] = [architecture]
     config["vocab_size"] = model.decoder.vocab + len(model.added_tokens)
     config["tie_word_embeddings"] = model.decoder.tied
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
@@ -85,16 +84,8 @@ def _fresh_config(decoder: DecoderConfig) -> dict[str, Any]:
     """config.json of a decoder that was trained from scratch, in the spelling that transformers 4 and 5 both read."""
     if decoder.qkv_bias:
         raise UserError("model.decoder.qkv_bias: neither LLaMA nor Mistral has biases in q, k and v alone; no HF model fits")
-    rope = decoder.rope
-    scaling = {
-        "rope_type": "llama3",
-        "factor": rope.factor,
-        "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_positions,
-    }
-    return {
-        "model_type": "mistral" if decoder.window else "llama",
+    config = {
+        "model_type": "phi3" if decoder.fused else "mistral" if decoder.window else "llama",
         "hidden_size": decoder.width,
         "num_hidden_layers": decoder.layers,
         "num_attention_heads": decoder.heads,
@@ -103,14 +94,36 @@ def _fresh_config(decoder: DecoderConfig) -> dict[str, Any]:
         "intermediate_size": decoder.mlp,
         "hidden_act": "silu",
         "rms_norm_eps": decoder.norm_eps,
-        "rope_theta": rope.theta,
-        "rope_scaling": scaling if rope.scaling == "llama3" else None,
+        "rope_theta": decoder.rope.theta,
+        "rope_scaling": _rope_scaling(decoder),
         "max_position_embeddings": decoder.max_positions,
         "initializer_range": decoder.initializer_range,
         "attention_bias": False,
         "mlp_bias": False,
-        **({"sliding_window": decoder.window} if decoder.window else {}),
+        **({"sliding_window": decoder.window or None} if decoder.window or decoder.fused else {}),
     }
+    if decoder.rope.scaling == "longrope":
+        config["original_max_position_embeddings"] = decoder.rope.original_positions
+    if decoder.fused:  # or transformers takes the published model's, which a smaller vocabulary lacks
+        config |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    return config
+
+
+def _rope_scaling(decoder: DecoderConfig) -> dict[str, Any] | None:
+    rope = decoder.rope
+    if rope.scaling == "llama3":
+        return {
+            "rope_type": "llama3",
+            "factor": rope.factor,
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_positions,
+        }
+    if rope.scaling == "longrope":  # transformers 4 takes no fourth field, so the attention factor is left out where it follows
+        fields = {"type": "longrope", "short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
+        follows = attention_factor(decoder.max_positions / rope.original_positions, rope.original_positions)
+        return fields if rope.attention_factor == follows else fields | {"attention_factor": rope.attention_factor}
+    return None
 
 
 def _token_ids(experiment: Experiment, known: dict[str, Any]) -> dict[str, Any]:

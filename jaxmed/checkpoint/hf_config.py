@@ -104,7 +104,6 @@ def _longrope(
     if original < 2:
         raise UserError(f"{where}: {name} is {original}; the context length of the pretraining is needed")
     stretch = _number(settings, "factor", where, longest / original)
-    attention = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     lists = {name: settings.get(name) for name in ("short_factor", "long_factor")}
     for name, factors in lists.items():
         numbers = isinstance(factors, list) and all(isinstance(f, int | float) and f > 0 for f in factors)
@@ -118,8 +117,13 @@ def _longrope(
         original_positions=original,
         short_factors=tuple(float(f) for f in lists["short_factor"]),
         long_factors=tuple(float(f) for f in lists["long_factor"]),
-        attention_factor=float(_number(settings, "attention_factor", where, attention)),
+        attention_factor=float(_number(settings, "attention_factor", where, attention_factor(stretch, original))),
     )
+
+
+def attention_factor(stretch: float, original: int) -> float:
+    """Of longrope, where the file gives none: from how many times longer than `original` positions a context became."""
+    return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
 
 
 def _decoder(
@@ -193,3 +197,11 @@ FAMILIES: dict[str, Callable[[dict[str, Any], str], DecoderConfig]] = {
     "tiny_llava": _llama,
     "tinyllava": _llama,
 }
+
+ARCHITECTURES = {_llama: ("llama", "LlamaForCausalLM"), _mistral: ("mistral", "MistralForCausalLM")}
+ARCHITECTURES |= {_phi3: ("phi3", "Phi3ForCausalLM")}
+
+
+def language_model(model_type: str) -> tuple[str, str]:
+    """model_type and class in transformers of the language model that a family, such as `llava_mistral`, is built on."""
+    return ARCHITECTURES[FAMILIES[model_type]]
