@@ -153,15 +153,16 @@ def _table(config: PixelConfig) -> np.ndarray:
 def pixel_config(preprocessor: dict[str, Any], where: str, image_size: int, aspect: str) -> PixelConfig:
     """From a tower folder's preprocessor_config.json.
 
-    `aspect`: the model's `image_aspect_ratio`, `pad` or, where the config has none, "" (what the processor does by itself).
-    `image_size`: the tower's, which the pixels must have. `where`: the file, for messages.
+    `aspect`: the model's `image_aspect_ratio`, `pad` or, where the config has none, "" (what the processor does by itself:
+    transformers' own processor of Llava can pad). `image_size`: the tower's, which the pixels must have. `where`: the file,
+    for messages.
     """
     shortest, square = _resized(preprocessor, where)
-    crop = (
-        _side(preprocessor.get("crop_size", image_size), "crop_size", where)
-        if _switch(preprocessor, "do_center_crop", where)
-        else 0
-    )
+    crop = 0
+    if _switch(preprocessor, "do_center_crop", where):
+        crop = _side(preprocessor.get("crop_size", image_size), "crop_size", where)
+    if preprocessor.get("do_pad") and str(preprocessor.get("image_processor_type")).startswith("Llava"):
+        aspect, preprocessor = "pad", {**preprocessor, "do_pad": False}
     mean, sd = (_three(preprocessor, name, where) for name in ("image_mean", "image_std"))
     resample, factor = preprocessor.get("resample", BICUBIC), preprocessor.get("rescale_factor", RESCALE)
     if resample != BICUBIC:

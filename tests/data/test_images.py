@@ -182,6 +182,9 @@ def test_processor_configs():
     assert pixel_config(PREPROCESSOR | {"size": 26, "crop_size": 22}, "p.json", 22, "") == dataclasses.replace(
         PAD, aspect="crop"
     )
+    llava = PREPROCESSOR | {"image_processor_type": "LlavaImageProcessorFast"}
+    assert pixel_config(llava | {"do_pad": True}, "p.json", 22, "") == PAD
+    assert pixel_config(llava | {"do_pad": False}, "p.json", 22, "").aspect == "crop"
     siglip = PREPROCESSOR | {"size": {"height": 22, "width": 22}, "do_center_crop": None}
     del siglip["crop_size"]
     assert pixel_config(siglip, "p.json", 22, "pad") == PixelConfig("pad", 22, 0, MEAN, SD)

@@ -1,4 +1,5 @@
-"""Pixels and slices against arrays of upstream's own code: LLaVA, LLaVA-Med, TinyLLaVA-Med-F and SAMF."""
+"""Pixels and slices against arrays of upstream's own code (LLaVA, LLaVA-Med, TinyLLaVA-Med-F, SAMF) and against
+transformers' image processors."""
 
 import csv
 import dataclasses
@@ -7,6 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from jaxmed.data.images import default_pixels, load_pixels, pixel_config
 from jaxmed.data.slices import load_slices
@@ -63,3 +68,22 @@ def test_slices_of_samf(name):
     with open(GOLDEN / "samf" / "reports.csv", encoding="utf-8", newline="") as file:
         row = list(csv.DictReader(file))[int(name.removeprefix("slices_caption_"))]
     compare("samf", SLICES[name], load_slices(GOLDEN / "samf" / "data" / row["image"]))
+
+
+PROCESSORS = {
+    "clip": CLIPImageProcessorPil(size={"shortest_edge": 61}, crop_size={"height": 54, "width": 54}, image_std=[0.3, 0.2, 0.4]),
+    "llava": LlavaImageProcessorPil(size={"shortest_edge": 61}, crop_size={"height": 54, "width": 54}, do_pad=True),
+    "siglip": SiglipImageProcessorPil(size={"height": 54, "width": 54}),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("shape", [(90, 47), (33, 170), (54, 54), (200, 211)])
+def test_pixels_of_transformers_processors(name, shape):
+    """By the settings that the processor itself would save."""
+    array = np.random.default_rng(shape[0]).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    processor = PROCESSORS[name]
+    config = pixel_config(json.loads(processor.to_json_string()), name, 54, "")
+    assert config.aspect == {"clip": "crop", "llava": "pad", "siglip": "squash"}[name]
+    theirs = processor(images=Image.fromarray(array), return_tensors="np")["pixel_values"][0]
+    np.testing.assert_allclose(load_pixels(array, config).transpose(2, 0, 1), theirs, rtol=0, atol=1e-6)
