@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import reshard
 
 from jaxmed.nn.attention import Layout, Mask, attention
 from jaxmed.nn.dropout import Dropout
@@ -72,10 +73,11 @@ def attend_within(segment_ids: jax.Array, rules: Rules, mask: Mask | None = None
     `mask`: another rule than that.
     """
     mask = Mask(causal=False, window=0) if mask is None else mask
+    segment_ids = reshard(segment_ids, rules.spec("batch", None))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        positions = jnp.zeros_like(segment_ids)  # nothing depends on them
-        return attention(q, k, v, positions, segment_ids, mask, Layout("any", CHUNK), rules)
+        # the mask asks for no order, so any numbers serve as positions
+        return attention(q, k, v, segment_ids, segment_ids, mask, Layout("any", CHUNK), rules)
 
     return attend
 
