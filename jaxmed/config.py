@@ -77,6 +77,8 @@ class ModelConfig:
     """Tokens added to the base's vocabulary, in this order; their rows start at the mean of the base's."""
     pad_token: str = ""
     """The padding token where the template needs one by name; "": the tokenizer's own, or no token at all."""
+    end_ids: tuple[int, ...] = ()
+    """Ids that end a generation; (): those that the tokenizer's folder states."""
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,7 @@ class DataConfig:
     max_length: int = 0
     """Tokens, image places included, after which a sample is cut, as upstream does (0: too long a sample is refused)."""
     pad_id: int = -1
-    """With the template `m3d`: id with which rows are filled up to `max_length` where the fusion reads padding (-1: none)."""
+    """With the template `m3d`: id with which rows are filled up to `max_length` where the fusion reads padding (-1: the tokenizer's)."""
     splice: Literal["offset", "placeholders"] = "offset"
     """With the template `m3d`: image tokens go to positions 1, 2, ... whatever is there (upstream), or to the placeholders."""
     missing_image_token: Literal["refuse", "prepend", "text_only"] = "refuse"

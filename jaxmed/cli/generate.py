@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxmed.cli import common
-from jaxmed.config import MeshConfig
+from jaxmed.config import Experiment, MeshConfig
+from jaxmed.data.conversation import reading_of
+from jaxmed.data.inputs import FOLDERS, input_folder
 from jaxmed.data.records import Record, load_records, where
 from jaxmed.errors import UserError
 
@@ -21,21 +23,23 @@ HELP = "Write reports and answers for a data set"
 
 DESCRIPTION = """Write an answer for every human turn of every record, greedily unless --temperature is above 0.
 
-FOLDER is a run of `jaxmed train`, an upstream LoRA folder (with --base), or a Hugging Face language model. Each finished study
-is on disk at once; started again, the same command does only what is missing. Several processes share the studies with
---process and --processes, each on its own devices; the one that finds all studies done writes the final file.
+FOLDER is a run of `jaxmed train`, an upstream folder (LLaVA, TinyLLaVA, M3D-LaMed, SAMF; merged, or an adapter with --base), or
+a Hugging Face language model. The folder of the image files is --embeddings, --images or --volumes, as the model reads.
+
+Each finished study is on disk at once; started again, the same command does only what is missing. Several processes share the
+studies with --process and --processes, each on its own devices; the one that finds all studies done writes the final file.
 
     jaxmed generate runs/btb3d --records valid.json --embeddings encoded/ --out reports_vqa.json"""
 
-UPSTREAM_DEFECTS = ("history_eot",)
+UPSTREAM_DEFECTS = ("history_eot", "na_choices", "pad_grey")
 
 
 @dataclass(frozen=True)
 class Args:
     folder: Annotated[str, tyro.conf.Positional]
-    """A run, an upstream LoRA folder, or a Hugging Face language model"""
+    """A run, an upstream folder, or a Hugging Face language model"""
     records: str
-    """LLaVA-style JSON; its human turns are the questions"""
+    """LLaVA-style JSON, or a CSV of M3D or SAMF; its human turns are the questions"""
     out: str
     """Result, by custom named ..._vqa.json"""
     embeddings: str = ""
@@ -79,7 +83,7 @@ class Args:
     on_bad_record: Literal["stop", "skip"] = "stop"
     """A record that cannot be used: list all such records and stop, or go on without them"""
     upstream_exact: str = ""
-    """Upstream's defects to reproduce, comma-separated: history_eot"""
+    """Upstream's defects to reproduce, comma-separated: history_eot, na_choices, pad_grey (see the README)"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """KEY=VALUE for what no file stores, such as lora.alpha=12 (repeatable)"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -97,13 +101,14 @@ def run(argv: list[str]) -> int:
     from jaxmed.sharding import make_mesh
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
-    records, problems = load_records(args.records)
     mesh = make_mesh(args.mesh, jax.local_devices())
-    model = load(args.folder, args.base, args.tower, mesh, args.dtype, common.settings(args.set))
+    overrides = common.settings(args.set) | ({"visual.pixels.pad_grey": True} if "pad_grey" in defects else {})
+    model = load(args.folder, args.base, args.tower, mesh, args.dtype, overrides)
+    records, problems = load_records(args.records, reading_of(model.experiment, frozenset(defects)))
     template = args.template or model.experiment.data.template
     request = Request(
         args.records,
-        args.embeddings or model.experiment.data.embeddings,
+        _folder(args, model.experiment),
         sampling,
         args.max_new_tokens,
         template,
@@ -132,14 +137,25 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _folder(args: Args, experiment: Experiment) -> str:
+    """The folder of the image files, from the flag that belongs to what the model reads."""
+    visual = experiment.visual
+    given = {name: getattr(args, name) for name in ("embeddings", "images", "volumes") if getattr(args, name)}
+    wanted = "" if visual.kind == "none" else FOLDERS[visual.kind]
+    for name in given:
+        if name != wanted:
+            reads = f"reads --{wanted}" if wanted else "reads no images"
+            hint = "; make them with `jaxmed encode`" if wanted == "embeddings" else ""
+            raise UserError(f"--{name}: this model {reads}{hint}")
+    return given.get(wanted) or input_folder(experiment.data, visual)
+
+
 def _check(args: Args) -> None:
-    if args.volumes or args.images:
-        flag = "--volumes" if args.volumes else "--images"
-        raise UserError(f"{flag}: this model reads token files; make them with `jaxmed encode` and give --embeddings")
     if not os.path.isfile(args.records):
         raise UserError(f"--records {args.records}: no such file")
-    if args.embeddings and not os.path.isdir(args.embeddings):
-        raise UserError(f"--embeddings {args.embeddings}: no such folder")
+    for name in ("embeddings", "images", "volumes"):
+        if getattr(args, name) and not os.path.isdir(getattr(args, name)):
+            raise UserError(f"--{name} {getattr(args, name)}: no such folder")
     if not 0 <= args.process < args.processes:
         raise UserError(f"--process {args.process} must be at least 0 and below --processes {args.processes}")
     if args.batch < 1 or args.max_new_tokens < 1:

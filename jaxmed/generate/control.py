@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxmed.data.inputs import VisualInput
 from jaxmed.data.records import Record
 from jaxmed.errors import UserError
-from jaxmed.generate.prompts import Image
 
 KINDS = ("shuffled", "zeros", "noise")
 
@@ -33,14 +33,15 @@ def exchanged(records: Sequence[Record], seed: int) -> dict[str, Record]:
     return result
 
 
-def controlled(image: Image, kind: str, name: str, seed: int) -> Image:
+def controlled(image: VisualInput, kind: str, name: str, seed: int) -> VisualInput:
     """An image of the same size with `zeros`, or `noise` of the same mean and spread in each feature (codes: random bits)."""
-    tokens = image.tokens
+    values = image.values
     if kind == "zeros":
-        return dataclasses.replace(image, tokens=np.zeros_like(tokens))
+        return dataclasses.replace(image, values=np.zeros_like(values))
     digest = hashlib.sha256(f"{seed}\x00{name}".encode()).digest()
     rng = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "little")))
-    if tokens.dtype == np.uint32:
-        return dataclasses.replace(image, tokens=rng.integers(0, 1 << 18, tokens.shape, dtype=np.uint32))
-    noise = rng.standard_normal(tokens.shape, dtype=np.float32) * tokens.std(axis=0) + tokens.mean(axis=0)
-    return dataclasses.replace(image, tokens=noise.astype(np.float32))
+    if values.dtype == np.uint32:
+        return dataclasses.replace(image, values=rng.integers(0, 1 << 18, values.shape, dtype=np.uint32))
+    features = tuple(range(values.ndim - 1))
+    noise = rng.standard_normal(values.shape, dtype=np.float32) * values.std(axis=features) + values.mean(axis=features)
+    return dataclasses.replace(image, values=noise.astype(np.float32))

@@ -10,6 +10,7 @@ Axis letters: B batch, T bucket, G new tokens at most, V padded vocabulary.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -46,8 +47,7 @@ class Engine:
         self.experiment = experiment
         model = (graphdef, experiment, rules, limits)
         self._generate = jax.jit(partial(_generate, *model), static_argnums=(3, 4))
-        self._logits = jax.jit(partial(_prompt_logits, *model))
-        self._image_arrays = jax.jit(partial(_image_arrays, *model))
+        self._apply = jax.jit(partial(_apply, graphdef, rules), static_argnums=0)
 
     def __call__(self, batch: Batch, keys: jax.Array, sampling: Sampling, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """batch: left-padded prompts, rows without any token are empty; keys [B] typed, one a row, which carry the seed
@@ -58,15 +58,10 @@ class Engine:
             tokens, lengths, _ = self._generate(self.params, batch, keys, program, max_new_tokens)
         return np.asarray(tokens), np.asarray(lengths)
 
-    def logits(self, batch: Batch) -> jax.Array:
-        """[B, T, V] float32 at every position of the prompts; padding of the vocabulary is at -1e30."""
+    def apply(self, compute: Callable[[Vlm, Any, Rules], Any], inputs: Any) -> Any:
+        """What `compute(model, inputs, rules)` gives (see jaxmed.generate.features), compiled once a function and shape."""
         with jax.set_mesh(self.mesh):
-            return self._logits(self.params, batch)
-
-    def image_arrays(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Before the projector [B, I, N, C], and after it [B, I * N, D] (pooled: [B, I * queries, D])."""
-        with jax.set_mesh(self.mesh):
-            return self._image_arrays(self.params, batch)
+            return self._apply(compute, self.params, inputs)
 
     @property
     def compilations(self) -> int:
@@ -163,13 +158,5 @@ def _block(logits: jax.Array, blocked: tuple[int, ...], rules: Rules) -> jax.Arr
     return jnp.where(jax.sharding.reshard(jnp.asarray(allowed), rules.spec("vocab")), logits, NEGATIVE)
 
 
-def _prompt_logits(graphdef: Any, experiment: Experiment, rules: Rules, limits: Limits, params: Any, batch: Batch) -> jax.Array:
-    model = nnx.merge(graphdef, params)
-    return model.decoder.logits(model(batch, rules, None), rules, None)
-
-
-def _image_arrays(
-    graphdef: Any, experiment: Experiment, rules: Rules, limits: Limits, params: Any, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
-    model = nnx.merge(graphdef, params)
-    return model.features(batch), model.image_tokens(batch, rules)
+def _apply(graphdef: nnx.GraphDef, rules: Rules, compute: Callable[[Vlm, Any, Rules], Any], params: Any, inputs: Any) -> Any:
+    return compute(nnx.merge(graphdef, params), inputs, rules)

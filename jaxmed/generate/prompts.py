@@ -6,15 +6,17 @@ Axis letters: B batch, T bucket, I images, N tokens an image, C features.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxmed.config import Experiment, VisualConfig
-from jaxmed.data.tokenizer import IMAGE_ID
+from jaxmed.config import Experiment
+from jaxmed.data.examples import Example
+from jaxmed.data.inputs import TOKEN_KINDS, VisualInput, image_array_shape, token_count
+from jaxmed.data.rows import splice
+from jaxmed.data.tokenizer import IGNORE, IMAGE_ID
 from jaxmed.errors import UserError
 from jaxmed.sharding import Rules, batch_specs, to_shardings
 from jaxmed.types import Batch
@@ -24,30 +26,28 @@ IMAGE_STEP = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Image:
-    """One image's tokens as a file gives them."""
-
-    tokens: np.ndarray
-    """[N, C] float32, or [N'] uint32 codes"""
-    grid: tuple[int, int, int]
-    """(depth, rows, columns) after merging"""
-
-
-@dataclasses.dataclass(frozen=True)
 class Prompt:
     ids: np.ndarray
     """int32, -200 where an image goes"""
-    images: tuple[Image, ...]
+    images: tuple[VisualInput, ...]
     """in the order of their places"""
+    image_start: int = -1
+    """>= 0: `ids` has the image's places already, from here on (see jaxmed.data.examples.Example)"""
+
+    @property
+    def image_places(self) -> int:
+        """Places for images that the text names."""
+        return len(self.images) if self.image_start >= 0 else int((self.ids == IMAGE_ID).sum())
 
 
-def places(image: Image, experiment: Experiment) -> int:
+def places(image: VisualInput, experiment: Experiment) -> int:
     """How many positions of the text an image takes."""
-    projector = experiment.model.projector
-    return projector.pool_queries if projector.pooled else int(np.prod(image.grid))
+    return experiment.places(token_count(image.grid, experiment.visual), image.grid)
 
 
 def prompt_length(prompt: Prompt, experiment: Experiment) -> int:
+    if prompt.image_start >= 0:
+        return len(prompt.ids)
     return len(prompt.ids) - len(prompt.images) + sum(places(i, experiment) for i in prompt.images)
 
 
@@ -72,25 +72,32 @@ class Bucket:
 
 def bucket_of(prompt: Prompt, experiment: Experiment) -> Bucket:
     visual, projector = experiment.visual, experiment.model.projector
-    text = len(prompt.ids) - len(prompt.images)
-    largest = max((int(np.prod(i.grid)) for i in prompt.images), default=0)
-    fixed = visual.norm or visual.positions or visual.kind == "codes"  # tables with a row for every token of the grid
-    tokens = visual.tokens if fixed and prompt.images else -(-largest // IMAGE_STEP) * IMAGE_STEP
-    stride = projector.pool_queries if projector.pooled and prompt.images else tokens
+    text = prompt_length(prompt, experiment) - sum(places(i, experiment) for i in prompt.images)
+    largest = max((token_count(i.grid, visual) for i in prompt.images), default=0)
+    tokens = visual.tokens if fixed_size(experiment) and prompt.images else -(-largest // IMAGE_STEP) * IMAGE_STEP
+    stride = tokens
+    if prompt.images and (projector.pooled or fixed_size(experiment)):
+        stride = experiment.places(tokens, visual.grid)
     return Bucket(len(prompt.images), tokens, stride, max(SHORTEST_TEXT, 1 << (text - 1).bit_length()))
+
+
+def fixed_size(experiment: Experiment) -> bool:
+    """Whether images must have exactly the grid of the config: a tower's, or tables or pools with a row for each token."""
+    visual, projector = experiment.visual, experiment.model.projector
+    static = visual.kind not in ("none", "embeddings") or not (projector.position_wise or projector.pooled)
+    return visual.norm or visual.positions or static
 
 
 def check(prompt: Prompt, experiment: Experiment, where: str) -> None:
     """What the model cannot take, as a UserError that begins with `where`."""
     visual = experiment.visual
-    wanted = int((prompt.ids == IMAGE_ID).sum())
+    wanted = prompt.image_places
     if wanted != len(prompt.images):
         raise UserError(f"{where}: the prompt has {wanted} <image> and {len(prompt.images)} images; give one image a place")
     if prompt.images and visual.kind == "none":
         raise UserError(f"{where}: has an image, and the model reads none (visual.kind is none)")
-    fixed = visual.norm or visual.positions or visual.kind == "codes"
     for image in prompt.images:
-        if fixed and tuple(image.grid) != tuple(visual.grid):
+        if fixed_size(experiment) and tuple(image.grid) != tuple(visual.grid):
             raise UserError(
                 f"{where}: an image's token grid is {tuple(image.grid)}, the model was made for {tuple(visual.grid)}"
             )
@@ -98,49 +105,57 @@ def check(prompt: Prompt, experiment: Experiment, where: str) -> None:
 
 def left_padded(prompts: Sequence[Prompt], rows: int, bucket: Bucket, experiment: Experiment) -> Batch:
     """numpy Batch of `rows` rows, prompts first, the rest empty; B = rows, T = bucket.length."""
+    unlabelled = [Example(p.ids, np.full_like(p.ids, IGNORE), "", p.image_start) for p in prompts]
+    return spliced_rows(unlabelled, [p.images for p in prompts], rows, bucket, experiment, 0)[0]
+
+
+def spliced_rows(
+    examples: Sequence[Example],
+    images: Sequence[tuple[VisualInput, ...]],
+    rows: int,
+    bucket: Bucket,
+    experiment: Experiment,
+    max_length: int,
+) -> tuple[Batch, list[np.ndarray]]:
+    """numpy Batch at the right end of T (nothing supervised yet), and each row's labels after splicing.
+
+    `max_length`: positions after which a row is cut, 0: never.
+    """
     visual = experiment.visual
     along_t = {name: np.zeros((rows, bucket.length), np.int32) for name in ("tokens", "positions", "segment_ids")}
     image_index = np.full((rows, bucket.length), -1, np.int32)
-    images = np.zeros(*image_shape(visual, rows, bucket))
+    shape, dtype = image_array_shape(visual, rows, bucket.images, bucket.tokens)
+    values = np.zeros(shape, dtype)
     mask = np.zeros((rows, bucket.images, bucket.tokens), bool)
     grid = np.zeros((rows, bucket.images, 3), np.int32)
-    for r, prompt in enumerate(prompts):
-        tokens, index, number = [], [], 0
-        for piece in np.split(prompt.ids, np.flatnonzero(prompt.ids == IMAGE_ID)):
-            if len(piece) and piece[0] == IMAGE_ID:
-                n = places(prompt.images[number], experiment)
-                tokens.append(np.zeros(n, np.int32))
-                index.append(number * bucket.stride + np.arange(n))
-                number, piece = number + 1, piece[1:]
-            tokens.append(piece)
-            index.append(np.full(len(piece), -1))
-        flat = np.concatenate(tokens)
-        start = bucket.length - len(flat)
-        along_t["tokens"][r, start:] = flat
-        along_t["positions"][r, start:] = np.arange(len(flat))
+    labels = []
+    for r, (example, shown) in enumerate(zip(examples, images, strict=True)):
+        counts = [places(image, experiment) for image in shown]
+        tokens, label, index = splice(example, counts, bucket.stride, 0, max_length)
+        start = bucket.length - len(tokens)
+        along_t["tokens"][r, start:] = tokens
+        along_t["positions"][r, start:] = np.arange(len(tokens))
         along_t["segment_ids"][r, start:] = 1 + r
-        image_index[r, start:] = np.concatenate(index)
-        for i, image in enumerate(prompt.images):
-            images[r, i, : len(image.tokens)] = image.tokens
-            mask[r, i, : int(np.prod(image.grid))] = True
+        image_index[r, start:] = index
+        labels.append(label)
+        for i, image in enumerate(shown):
+            if visual.kind in TOKEN_KINDS:
+                values[r, i, : len(image.values)] = image.values
+            else:
+                values[r, i] = image.values
+            mask[r, i, : token_count(image.grid, visual)] = True
             grid[r, i] = image.grid
     none = np.full((rows, 1), -1, np.int32)
-    return Batch(
+    batch = Batch(
         **along_t,
         image_index=image_index,
         supervised=none,
         labels=np.zeros_like(none),
-        images=images,
+        images=values,
         image_token_mask=mask,
         image_grid=grid,
     )
-
-
-def image_shape(visual: VisualConfig, rows: int, bucket: Bucket) -> tuple[tuple[int, ...], type]:
-    """Shape and dtype of Batch.images."""
-    if visual.kind == "codes":
-        return (rows, bucket.images, bucket.tokens * math.prod(visual.merge)), np.uint32
-    return (rows, bucket.images, bucket.tokens, visual.features), np.float32
+    return batch, labels
 
 
 def put(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:

@@ -15,16 +15,16 @@ import numpy as np
 from jaxmed.api import Model
 from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.adapter import chain
-from jaxmed.checkpoint.folders import detect
+from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.hf_io import base_fingerprint
 from jaxmed.data.conversation import check_template
-from jaxmed.data.embeddings import encoder_problem, header_problem, load_tokens, npz_name, npz_path, read_header
-from jaxmed.data.records import Record, where
-from jaxmed.data.tokenizer import IMAGE_ID
+from jaxmed.data.embeddings import encoder_problem, npz_name, read_header
+from jaxmed.data.inputs import FOLDERS, TOKEN_KINDS, VisualInput, check_header, input_path, read_input
+from jaxmed.data.records import IMAGE_TOKEN, Record, where
 from jaxmed.errors import BadRecords, Problem, UserError
 from jaxmed.generate.control import controlled, exchanged
 from jaxmed.generate.journal import Journal, write_json
-from jaxmed.generate.prompts import Image, Prompt, check
+from jaxmed.generate.prompts import check
 from jaxmed.generate.sampling import Sampling
 from jaxmed.generate.scheduler import Task
 
@@ -34,7 +34,8 @@ class Request:
     """What a person asked for; everything that shapes an answer."""
 
     records: str
-    embeddings: str
+    folder: str
+    """Of the image files: token files, 2-D images or volumes"""
     sampling: Sampling
     max_new_tokens: int
     template: str
@@ -53,7 +54,7 @@ class Request:
         return {
             "checkpoint": weights_fingerprint(model)[:16],
             "records": records,
-            "embeddings": os.path.abspath(self.embeddings) if self.embeddings else "",
+            "embeddings": os.path.abspath(self.folder) if self.folder else "",
             "dtype": model.experiment.model.dtype,
             "template": self.template,
             "max_new_tokens": self.max_new_tokens,
@@ -69,7 +70,7 @@ def weights_fingerprint(model: Model) -> str:
     """Hash of everything that the weights come from."""
     config = model.experiment.model
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(model.experiment.lora)).encode())
-    for folder in [f for f in (config.base, *chain(config.adapter)) if f]:
+    for folder in [f for f in (config.base, config.tower_folder, *chain(config.adapter)) if f]:
         if detect(folder) != "run":
             digest.update(base_fingerprint(folder).encode())
             continue
@@ -99,11 +100,11 @@ def check_records(
         names.setdefault(record.id, record.row)
         if record.images and visual.kind == "none":
             faults.append("has an image, and this model reads none; give the folder of a run or of an adapter that does")
-        elif record.images and not request.embeddings:
-            faults.append("has an image; give the folder of its token file with --embeddings")
+        elif record.images and not request.folder:
+            faults.append(f"has an image; give the folder of its file with --{FOLDERS[visual.kind]}")
         else:
             for image in record.images:
-                path = npz_path(request.embeddings, image)
+                path = input_path(request.folder, image, visual)
                 if path not in headers:
                     headers[path] = _header_fault(path, model)
                 if headers[path]:
@@ -121,13 +122,11 @@ def check_records(
 
 
 def _header_fault(path: str, model: Model) -> str:
-    try:
-        header = read_header(path)
-    except UserError as error:
-        return str(error)
     visual = model.experiment.visual
-    fault = header_problem(header, visual) or (encoder_problem(header, visual.encoder) if visual.encoder else "")
-    return f"{path}: {fault}" if fault else ""
+    if fault := check_header(path, visual):
+        return fault
+    other = encoder_problem(read_header(path), visual.encoder) if visual.kind in TOKEN_KINDS and visual.encoder else ""
+    return f"{path}: {other}" if other else ""
 
 
 class Writer:
@@ -138,7 +137,7 @@ class Writer:
         self.scheduler = model.scheduler(batch, request.sampling, request.max_new_tokens)
         self.answers: dict[str, list[dict[str, Any]]] = {}
         self.history: dict[str, list[tuple[str, str]]] = {}
-        self.images: dict[str, tuple[Image, ...]] = {}
+        self.images: dict[str, tuple[VisualInput, ...]] = {}
         self.records: dict[str, Record] = {}
         self.exchange: dict[str, Record] = {}
 
@@ -180,8 +179,7 @@ class Writer:
         source = self.exchange.get(record.id, record)
         visual = self.model.experiment.visual
         try:
-            loaded = [load_tokens(npz_path(self.request.embeddings, image), visual) for image in source.images]
-            images = tuple(Image(tokens, grid) for tokens, grid in loaded)
+            images = tuple(read_input(input_path(self.request.folder, image, visual), visual) for image in source.images)
             if self.request.control in ("zeros", "noise"):
                 images = tuple(controlled(i, self.request.control, record.id, self.request.sampling.seed) for i in images)
             self.images[record.id], self.history[record.id] = images, []
@@ -195,18 +193,23 @@ class Writer:
     def _queue(self, record: Record, turn: int) -> None:
         questions = _questions(record)
         turns = [*self.history[record.id], ("human", questions[turn])]
-        ids = self.model.prompt_ids(turns, self.request.template)
         # an image whose place comes in a later turn is not shown before it
-        shown = int((ids == IMAGE_ID).sum())
-        prompt = Prompt(ids, self.images[record.id][:shown])
+        prompt = self.model.conversation(self._with_places(turns, record), self.images[record.id], self.request.template)
         check(prompt, self.model.experiment, f"turn {turn + 1}")
         self.scheduler.add(Task(record.id, prompt, record.id, turn))
+
+    def _with_places(self, turns: list[tuple[str, str]], record: Record) -> list[tuple[str, str]]:
+        """An image that no turn of the record names stands before its first one, where upstream's scripts put it."""
+        if not record.images or any(IMAGE_TOKEN in turn.value for turn in record.turns):
+            return turns
+        (role, text), *others = turns
+        return [(role, "\n".join([IMAGE_TOKEN] * len(record.images) + [text])), *others]
 
     def _answered(self, name: str, turn: int, ids: np.ndarray, journal: Journal, finished: Callable[[Record], None]) -> None:
         record = self.records[name]
         question = _questions(record)[turn]
         generation = self.model.generation(ids, self.request.template)
-        raw = self.model.tokenizer.decode(generation.token_ids).strip()
+        raw = self.model.answer(ids, self.request.template, keep_special=True)
         printed = raw if self.request.keep_special_tokens else generation.text
         answer = {"id": record.id, "question": question, "answer": printed}
         if self.request.token_ids:
@@ -216,7 +219,7 @@ class Writer:
         if turn + 1 < len(_questions(record)):
             self._queue(record, turn + 1)
             return
-        journal.append(name, entry(record, self.answers[name]))
+        journal.append(name, entry(record, self.answers[name], self.model.experiment.visual.kind))
         self._forget(name)
         finished(record)
 
@@ -229,9 +232,9 @@ def _questions(record: Record) -> list[str]:
     return [turn.value for turn in record.turns if turn.role == "human"]
 
 
-def entry(record: Record, answers: list[dict[str, Any]]) -> dict[str, Any]:
+def entry(record: Record, answers: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     """One study as upstream's file has it; a study without an image has none there."""
-    names = [npz_name(image) for image in record.images]
+    names = [npz_name(image) if kind in TOKEN_KINDS else image for image in record.images]
     image = names[0] if len(names) == 1 else names
     return {"image": image, "conversations_out": answers} if names else {"conversations_out": answers}
 

@@ -35,20 +35,21 @@ def peak_flops(device: jax.Device) -> float:
 
 
 def weight_counts(trainable: dict[tuple, Any], frozen: dict[tuple, Any]) -> tuple[int, int]:
-    """(trained, frozen) parameters of matrices that multiply every token: embedding and head are left out."""
+    """(trained, frozen) parameters of matrices that multiply every token of the text: embedding and head are left out, and so
+    is what works on images alone (tower, aggregator, fusion)."""
 
     def count(leaves: dict[tuple, Any]) -> int:
         return sum(
             math.prod(x.shape)
             for path, x in leaves.items()
-            if path[-1] in ("weight", "lora_a", "lora_b") and "head" not in path
+            if path[-1] in ("weight", "lora_a", "lora_b") and path[0] in ("decoder", "projector") and "head" not in path
         )
 
     return count(trainable), count(frozen)
 
 
 def step_flops(experiment: Experiment, trained: int, frozen: int, lengths: list[int], supervised: int) -> float:
-    """Of one optimizer step over samples of these lengths, with so many supervised tokens."""
+    """Of one optimizer step over samples of these lengths, with so many supervised tokens; an image tower's are not in it."""
     decoder = experiment.model.decoder
     tokens = sum(lengths)
     matrices = tokens * (6.0 * trained + 4.0 * frozen)

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmed.checkpoint.hf_io import base_fingerprint
 from jaxmed.checkpoint.manager import FOLDER, Checkpoints
+from jaxmed.checkpoint.sources import weights_identity
 from jaxmed.config import Experiment, to_dict
 from jaxmed.data.pipeline import batches, evaluation_batches
 from jaxmed.data.plan import GlobalBatch
@@ -89,9 +89,10 @@ def already_finished(out: str, steps: int) -> Summary:
 
 def going_on(model: Blueprint, sources: Sources, state: TrainState, meta: dict[str, Any], out: str) -> tuple[TrainState, Any]:
     """State and frozen half of a run that has a checkpoint; what it was trained with must be what there is now."""
-    base = model.experiment.model.base
-    if base and base_fingerprint(base) != meta["base_fingerprint"]:
-        raise UserError(f"{base}: is not the base with which {out} was trained (other weights); put the old folder back")
+    config = model.experiment.model
+    if weights_identity(config) != meta["base_fingerprint"]:
+        places = " and ".join(place for place in (config.base, config.tower_folder) if place) or "no base"
+        raise UserError(f"{places}: other weights than those with which {out} was trained; put the old folder back")
     if sources.fingerprint != meta["data"]:
         raise UserError(f"{out}: the training records or the sizes of their token files have changed; use another --out")
     say(f"going on after step {meta['step']}")
@@ -156,12 +157,11 @@ class Run:
         self.rates = np.asarray(schedule(optim, optim.learning_rate, total)(np.arange(total)))
         self.counts = weight_counts(flatten(model.trainable), flatten(model.frozen))
         self.peak = peak_flops(jax.devices()[0]) * model.mesh.size
-        base = self.experiment.model.base
         self.meta = {
             "config": to_dict(self.experiment),
             "total_steps": total,
-            "base": base,
-            "base_fingerprint": base_fingerprint(base) if base else "",
+            "base": self.experiment.model.base,
+            "base_fingerprint": weights_identity(self.model.experiment.model),
             "encoder": sources.train.encoder,
             "data": sources.fingerprint,
         }

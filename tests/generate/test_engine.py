@@ -18,8 +18,9 @@ from jaxmed.config import (
     RopeConfig,
     VisualConfig,
 )
+from jaxmed.data.inputs import VisualInput
 from jaxmed.generate.engine import Engine, Limits
-from jaxmed.generate.prompts import Bucket, Image, Prompt, left_padded, put
+from jaxmed.generate.prompts import Bucket, Prompt, left_padded, put
 from jaxmed.generate.sampling import Sampling, choose
 from jaxmed.models.vlm import Vlm
 from jaxmed.sharding import make_mesh, rules_for, state_specs, to_shardings
@@ -61,8 +62,8 @@ def build(split: bool, shape=(1, 1, 1, 1), experiment=EXPERIMENT):
 def prompts(seed=0):
     rng = np.random.default_rng(seed)
 
-    def image(t: int, h: int, w: int) -> Image:
-        return Image(rng.standard_normal((t * h * w, 5)).astype(np.float32), (t, h, w))
+    def image(t: int, h: int, w: int) -> VisualInput:
+        return VisualInput(rng.standard_normal((t * h * w, 5)).astype(np.float32), (t, h, w))
 
     def ids(*pieces) -> np.ndarray:
         return np.concatenate([np.atleast_1d(p) for p in pieces]).astype(np.int32)

@@ -15,11 +15,11 @@ import pytest
 from jaxmed.cli import generate as command
 from jaxmed.cli.main import run as jaxmed
 from jaxmed.data.embeddings import write_npz
+from jaxmed.data.inputs import VisualInput
 from jaxmed.data.records import load_records
 from jaxmed.errors import UserError
 from jaxmed.generate.control import controlled, exchanged
 from jaxmed.generate.journal import Journal
-from jaxmed.generate.prompts import Image
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "btb3d"
 RUNS = {
@@ -167,11 +167,11 @@ def test_exchanged_images_are_never_ones_own():
 
 def test_noise_keeps_each_features_mean_and_spread():
     rng = np.random.default_rng(0)
-    image = Image((rng.standard_normal((5000, 3)) * [1, 5, 0.1] + [0, 40, -3]).astype(np.float32), (50, 10, 10))
-    noise = controlled(image, "noise", "x", 0).tokens
-    np.testing.assert_allclose(noise.mean(axis=0), image.tokens.mean(axis=0), atol=0.3)
-    np.testing.assert_allclose(noise.std(axis=0), image.tokens.std(axis=0), rtol=0.05)
-    assert (controlled(image, "noise", "y", 0).tokens != noise).any()
+    image = VisualInput((rng.standard_normal((5000, 3)) * [1, 5, 0.1] + [0, 40, -3]).astype(np.float32), (50, 10, 10))
+    noise = controlled(image, "noise", "x", 0).values
+    np.testing.assert_allclose(noise.mean(axis=0), image.values.mean(axis=0), atol=0.3)
+    np.testing.assert_allclose(noise.std(axis=0), image.values.std(axis=0), rtol=0.05)
+    assert (controlled(image, "noise", "y", 0).values != noise).any()
 
 
 def test_bad_records_are_told_together_and_can_be_skipped(tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_a_file_of_someone_else_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--volumes", "x"], "jaxmed encode"),
+        (["--volumes", str(GOLDEN)], "jaxmed encode"),
         (["--temperature", "-1"], "--temperature"),
         (["--process", "2", "--processes", "2"], "below --processes"),
         (["--upstream-exact", "typo"], "known are history_eot"),

@@ -1,0 +1,182 @@
+"""Towers alone, and M3D-CLIP: what `jaxmed.load` returns for folders without a language model.
+
+Axis letters: M images, N tokens of an image, C features of a token, L blocks, P width of the shared space, T text.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxmed.checkpoint.encoder_folders import EncoderFolder, open_encoder
+from jaxmed.checkpoint.load import named_arrays, read_params
+from jaxmed.config import MeshConfig
+from jaxmed.data.inputs import read_input
+from jaxmed.data.tokenizer import Tokenizer
+from jaxmed.errors import UserError
+from jaxmed.models.contrastive import Contrastive
+from jaxmed.models.vit import Vit
+from jaxmed.sharding import Rules, make_mesh, state_specs, to_shardings, tower_axis
+from jaxmed.vlm_model import ImageInput, Result
+
+
+class TowerModel:
+    """An image tower: CLIP, SigLIP, DINO or ViT3D weights by themselves."""
+
+    def __init__(self, folder: EncoderFolder, mesh: Mesh | None, dtype: str):
+        self.folder, self.visual = folder, folder.visual
+        self.mesh = mesh or make_mesh(MeshConfig(), jax.local_devices())
+        shape = dict(self.mesh.shape)
+        self.rows = shape["data"] * shape["fsdp"]
+        self.rules = Rules(tower=tower_axis(folder.widths, shape["fsdp"]))
+        self.dtype = jnp.dtype(dtype)
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def build(self) -> nnx.Module:
+        """Structure alone, under `jax.eval_shape`."""
+        return _Tower(Vit(self.folder.tower, jax.random.key(0)))
+
+    @functools.cached_property
+    def _weights(self) -> tuple[nnx.GraphDef, Any]:
+        """Structure, and a nested dict of arrays on the mesh."""
+        with jax.set_mesh(self.mesh):
+            graphdef, state = nnx.split(jax.eval_shape(self.build))
+            shardings = to_shardings(state_specs(state, self.rules), self.mesh)
+
+            def place(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct(leaf.shape, self.dtype, sharding=sharding)
+
+            wanted = jax.tree.map(place, nnx.to_pure_dict(state), shardings)
+            return graphdef, read_params(self.folder.rows, [self.folder.tensors], wanted, False, self.folder.surplus)
+
+    def apply(self, compute: Callable[[nnx.Module, Rules], Any], *inputs: np.ndarray) -> Any:
+        """`compute(model, rules, *inputs)`, compiled once a function and shape; inputs [M, ...], M is padded."""
+        graphdef, params = self._weights
+
+        def run(params: Any, *inputs: jax.Array) -> Any:
+            return compute(nnx.merge(graphdef, params), self.rules, *inputs)
+
+        with jax.set_mesh(self.mesh):
+            compiled = self._compiled.setdefault(compute, jax.jit(run))
+            return jax.device_get(compiled(params, *(self._rows(x) for x in inputs)))
+
+    def _rows(self, x: np.ndarray) -> jax.Array:
+        """Rows padded to what the mesh divides, and placed."""
+        padded = np.zeros((-(-len(x) // self.rows) * self.rows, *x.shape[1:]), x.dtype)
+        padded[: len(x)] = x
+        return jax.device_put(padded, self.rules.sharding(self.mesh, "batch", *[None] * (x.ndim - 1)))
+
+    def preprocess(self, image: ImageInput) -> np.ndarray:
+        """A file, or an array as such a file holds it -> the tower's input: [H, W, 3] or [D, H, W, 1] float32."""
+        return read_input(image if isinstance(image, np.ndarray) else os.fspath(image), self.visual).values
+
+    def tower_features(self, images: Sequence[ImageInput], hidden: bool = False) -> Any:
+        """[N, C] float32 an image; with `hidden` a pair of that list and a list of [L, N', C] an image: every block's output,
+        all tokens, before selection and the final norm."""
+        inputs = np.stack([self.preprocess(image) for image in images]) if len(images) else None
+        if inputs is None:
+            return ([], []) if hidden else []
+        found = [np.asarray(f, np.float32) for f in self.apply(_features, inputs)[: len(images)]]
+        if not hidden:
+            return found
+        blocks = np.asarray(self.apply(_hidden, inputs), np.float32)
+        return found, [blocks[:, i] for i in range(len(images))]
+
+    def image_features(self, images: Sequence[ImageInput], hidden: bool = False) -> Any:
+        """The same: a tower alone has no projection."""
+        return self.tower_features(images, hidden)
+
+
+class _Tower(nnx.Module):
+    """Gives the tower the path that the table has for it."""
+
+    def __init__(self, tower: Vit):
+        self.tower = tower
+
+
+def _features(model: Any, rules: Rules, x: jax.Array) -> jax.Array:
+    return model.tower(x.astype(model.tower.patch.weight.dtype), rules)
+
+
+def _hidden(model: Any, rules: Rules, x: jax.Array) -> jax.Array:
+    return jnp.stack(model.tower.hidden_states(x.astype(model.tower.patch.weight.dtype), rules))
+
+
+class ContrastiveModel(TowerModel):
+    """M3D-CLIP: volumes and reports as unit vectors of one space."""
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_folder(self.folder.tokenizer)
+
+    def build(self) -> nnx.Module:
+        return Contrastive(self.folder.tower, self.folder.text, self.folder.features, jax.random.key(0))
+
+    def image_features(self, images: Sequence[ImageInput], hidden: bool = False, tokens: bool = False) -> Any:
+        """[P] float32 of length 1 an image, from the class token; with `tokens` [N, P], every token, the class token first.
+
+        With `hidden` a pair of that list and of every block's output (see `tower_features`, which is before the projection).
+        """
+        if hidden:
+            return self.image_features(images, tokens=tokens), self.tower_features(images, hidden=True)[1]
+        inputs = np.stack([self.preprocess(image) for image in images])
+        found = np.asarray(self.apply(_encode_image, inputs))[: len(images)]
+        return list(found if tokens else found[:, 0])
+
+    def text_features(self, texts: Sequence[str], tokens: bool = False, max_length: int = 0) -> list[np.ndarray]:
+        """[P] float32 of length 1 a text, from [CLS]; with `tokens` [T, P], padding included. A text is cut at `max_length`
+        tokens (0: the position table's), special tokens counted."""
+        ids, mask = self.text_ids(texts, max_length)
+        found = np.asarray(self.apply(_encode_text, ids, mask))[: len(texts)]
+        return list(found if tokens else found[:, 0])
+
+    def text_ids(self, texts: Sequence[str], max_length: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and mask (1 text, 0 padding), both [texts, max_length] int32."""
+        return self.tokenizer.encode_batch(list(texts), max_length or self.folder.text.positions)
+
+    def similarity(self, images: Sequence[ImageInput], texts: Sequence[str]) -> np.ndarray:
+        """Cosines [images, texts] float32."""
+        return np.stack(self.image_features(images)) @ np.stack(self.text_features(texts)).T
+
+    def loss(self, images: Sequence[ImageInput], texts: Sequence[str], gradients: bool = False, max_length: int = 0) -> Result:
+        """Symmetric contrastive loss of the pairs as one batch: `loss`, `pairs`, and with `gradients` {upstream's tensor name:
+        float32 array} of every parameter. Without dropout."""
+        if len(images) != len(texts):
+            raise UserError(f"{len(images)} images for {len(texts)} texts; give pairs")
+        if len(images) % self.rows:
+            raise UserError(f"{len(images)} pairs do not divide over the mesh's {self.rows} rows; give a multiple")
+        graphdef, params = self._weights
+        pixels = self._rows(np.stack([self.preprocess(image) for image in images]))
+        ids, mask = (self._rows(x) for x in self.text_ids(texts, max_length))
+
+        def compute(params: Any) -> jax.Array:
+            model = nnx.merge(graphdef, params)
+            image = model.encode_image(pixels.astype(self.dtype), self.rules)[:, 0]
+            return model.loss(image, model.encode_text(ids, mask, self.rules, self.dtype)[:, 0], self.rules)
+
+        with jax.set_mesh(self.mesh):
+            if not gradients:
+                return Result(loss=float(jax.jit(compute)(params)), pairs=len(images))
+            value, grads = jax.jit(jax.value_and_grad(compute))(params)
+            return Result(loss=float(value), pairs=len(images), gradients=named_arrays(grads, self.folder.rows))
+
+
+def _encode_image(model: Contrastive, rules: Rules, x: jax.Array) -> jax.Array:
+    return model.encode_image(x.astype(model.tower.patch.weight.dtype), rules)
+
+
+def _encode_text(model: Contrastive, rules: Rules, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    return model.encode_text(ids, mask, rules, model.text.words.dtype)
+
+
+def encoder_model(folder: str, mesh: Mesh | None, dtype: str, overrides: Mapping[str, Any]) -> TowerModel:
+    """The model of a folder that holds encoders alone."""
+    found = open_encoder(folder, overrides)
+    kind = ContrastiveModel if found.contrastive else TowerModel
+    return kind(found, mesh, dtype)

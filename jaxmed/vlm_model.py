@@ -1,0 +1,358 @@
+"""A vision-language model in memory: what `jaxmed.load` returns for runs, LLaVA, LaMed, SAMF and language-model folders.
+
+Batches are padded to few shapes (buckets), and each is compiled once; a result depends on its own prompt alone.
+
+Axis letters: T positions of the spliced prompt, V vocabulary with added tokens, N image tokens, C features, D decoder width,
+S slices, F features of a volume.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmed.checkpoint.load import export_names
+from jaxmed.config import Experiment, MeshConfig
+from jaxmed.data.conversation import (
+    answer_text,
+    as_upstream,
+    check_template,
+    encode_prompt_example,
+    encode_training,
+    normalise,
+    reading_of,
+    text_options,
+)
+from jaxmed.data.examples import Example
+from jaxmed.data.inputs import VisualInput, input_folder, input_path, read_input, token_count
+from jaxmed.data.records import IMAGE_TOKEN, Record, record_from_dict, settle
+from jaxmed.data.tokenizer import IGNORE, Tokenizer
+from jaxmed.errors import UserError
+from jaxmed.generate import features
+from jaxmed.generate.engine import Engine, Limits
+from jaxmed.generate.prompts import Prompt, bucket_of, check, left_padded, put
+from jaxmed.generate.sampling import Sampling
+from jaxmed.generate.scheduler import Scheduler, Task, run_all
+from jaxmed.generate.training_rows import training_batch
+from jaxmed.generate.weights import load_weights, splits_layers
+from jaxmed.sharding import make_mesh, rules_for
+from jaxmed.train.init import blueprint, start
+from jaxmed.train.step import TokenCrossEntropy
+
+DEFAULT_BATCH = 8
+ImageInput = str | os.PathLike | np.ndarray | None
+PromptInput = str | Sequence[Any] | np.ndarray
+"""The user's turn; or a conversation so far, (role, text) pairs or {"from", "value"} dicts; or ids, -200 at an image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    text: str
+    """The answer without its end token"""
+    token_ids: list[int]
+    """All generated ids, the end token included where one came"""
+    finish_reason: str
+    """`stop` (an end token) or `length`"""
+
+
+class Result(dict):
+    """A dict whose keys are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Model:
+    """Weights are read when they are first needed, in the form that is needed: merged for generation, apart for gradients."""
+
+    def __init__(self, experiment: Experiment, mesh: Mesh | None):
+        self.mesh = mesh or make_mesh(MeshConfig(), jax.local_devices())
+        shape = dict(self.mesh.shape)
+        self.rows = shape["data"] * shape["fsdp"]
+        data = dataclasses.replace(experiment.data, batch=self.rows, microbatches=1, buckets=(2 * shape["context"],))
+        self.experiment = dataclasses.replace(experiment, data=data)
+        self.rules = dataclasses.replace(rules_for(experiment, shape), length=())
+        model = experiment.model
+        self.tokenizer = Tokenizer.from_folder(model.tokenizer or model.base, model.added_tokens)
+        self.options = text_options(experiment)
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The sampler over merged weights."""
+        with jax.set_mesh(self.mesh):
+            platform = self.mesh.devices.flat[0].platform
+            weights = load_weights(self.experiment, self.mesh, self.rules, splits_layers(platform))
+        decoder = self.experiment.model.decoder
+        added = tuple(range(decoder.vocab, decoder.vocab + len(self.experiment.model.added_tokens)))
+        eos = tuple(i for i in self.experiment.model.end_ids or self.tokenizer.eos_ids if i not in added)
+        return Engine(weights.graphdef, weights.params, weights.experiment, self.mesh, self.rules, Limits(eos, added))
+
+    # -- inputs ------------------------------------------------------------------------------------------------------------
+
+    def preprocess(self, image: ImageInput) -> np.ndarray:
+        """A file, or an array as such a file holds it -> what the model reads: token files [N, C] float32 or [N'] uint32
+        codes; 2-D images [H, W, 3], prepared volumes [D, H, W, 1], slices of a volume [S, H, W], all float32."""
+        return self.read(image).values
+
+    def read(self, image: ImageInput) -> VisualInput:
+        """The same with its token grid."""
+        if isinstance(image, str | os.PathLike):
+            path = os.fspath(image)
+            image = path if os.path.exists(path) else input_path("", path, self.experiment.visual)
+        return read_input(image, self.experiment.visual)
+
+    def prompt(self, image: ImageInput | Sequence[ImageInput], prompt: PromptInput, template: str = "") -> Prompt:
+        """An image (or several, or None) and a prompt as the engine takes them."""
+        several = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
+        images = tuple(self.read(i) for i in several)
+        if isinstance(prompt, np.ndarray):
+            made = Prompt(prompt.astype(np.int32), images)
+        else:
+            made = self.conversation(_turns(prompt, len(images)), images, template)
+        check(made, self.experiment, "prompt")
+        return made
+
+    def conversation(self, turns: Sequence[tuple[str, str]], images: Sequence[VisualInput], template: str = "") -> Prompt:
+        """(role, text) turns, human and gpt in turn, the last one human; shows as many of `images` as the turns have places.
+
+        Models of 2-D images get each turn's `<image>` first, as their upstream scripts put it; the others take texts verbatim.
+        """
+        name = template or self.experiment.data.template
+        check_template(name, self.tokenizer)
+        if self.experiment.visual.kind == "pixels":
+            turns = [(role, normalise(text, len(images)) if IMAGE_TOKEN in text else text) for role, text in turns]
+        made = encode_prompt_example([*turns, ("gpt", None)], self.tokenizer, name, self.options)
+        shown = sum(text.count(IMAGE_TOKEN) for _, text in turns)
+        return Prompt(made.ids, tuple(images[:shown]), made.image_start)
+
+    # -- outputs -----------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        images: Sequence[ImageInput],
+        prompts: Sequence[PromptInput],
+        max_new_tokens: int = 64,
+        batch: int = DEFAULT_BATCH,
+        template: str = "",
+        **sampling: Any,
+    ) -> list[Generation]:
+        """One answer a prompt. `images`: one a prompt, a path, an array as the file holds it, or None.
+
+        `sampling`: temperature, top_k, top_p, repetition_penalty, seed (see jaxmed.generate.sampling); greedy by default.
+        """
+        _same_number(images, prompts)
+        chosen = Sampling(**sampling)
+        tasks = [Task(n, self.prompt(i, p, template), str(n), 0) for n, (i, p) in enumerate(zip(images, prompts, strict=True))]
+        scheduler = self.scheduler(batch, chosen, max_new_tokens)
+        found = {task.name: ids for task, ids in run_all(scheduler, tasks)}
+        return [self.generation(found[n], template) for n in range(len(tasks))]
+
+    def scheduler(self, batch: int, sampling: Sampling, max_new_tokens: int) -> Scheduler:
+        """For commands that make their own tasks; `batch` is rounded up to what the mesh divides."""
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+        rows = -(-max(batch, 1) // self.rows) * self.rows
+        return Scheduler(self.engine, self.engine.experiment, rows, sampling, max_new_tokens)
+
+    def generation(self, ids: np.ndarray, template: str = "") -> Generation:
+        """Generated ids as text, cleaned up as upstream's tokenizer did, without the end token."""
+        ended = len(ids) > 0 and int(ids[-1]) in self.engine.limits.eos_ids
+        return Generation(self.answer(ids, template, keep_special=False), ids.tolist(), "stop" if ended else "length")
+
+    def answer(self, ids: np.ndarray, template: str, keep_special: bool) -> str:
+        """Generated ids as text; `keep_special` leaves end tokens and their like in it, as upstream does."""
+        return answer_text(ids.tolist(), self.tokenizer, template or self.experiment.data.template, keep_special)
+
+    def logits(self, images: Sequence[ImageInput], prompts: Sequence[PromptInput], template: str = "") -> list[np.ndarray]:
+        """Per prompt [T, V] float32, at every position of the spliced prompt (image places included, padding cut off)."""
+        _same_number(images, prompts)
+        size = self.experiment.model.decoder.vocab + len(self.experiment.model.added_tokens)
+        result = []
+        for image, prompt in zip(images, prompts, strict=True):
+            batch = self._batch(self.prompt(image, prompt, template))
+            logits = np.asarray(self.engine.apply(features.logits, batch))[0]
+            result.append(logits[np.asarray(batch.segment_ids)[0] != 0][:, :size])
+        return result
+
+    def image_features(self, images: Sequence[ImageInput], hidden: bool = False) -> Any:
+        """What projector or fusion read: [N, C] float32 an image (normalised where the model does so; slices: [S, C]).
+
+        With `hidden`, also every block's output of the tower, all tokens, before selection and the final norm: a pair of that
+        list and a list of [blocks, N', C] an image (slices: [blocks, S, N', C]).
+        """
+        found = [np.asarray(self._of_image(features.image_features, i), np.float32)[0, 0] for i in images]
+        visual = self.experiment.visual
+        found = [f[: token_count(image.grid, visual)] for f, image in zip(found, map(self.read, images), strict=True)]
+        if not hidden:
+            return found
+        if self.experiment.model.tower.kind == "none":
+            raise UserError("hidden=True: this model reads token files and has no tower whose blocks could be shown")
+        blocks = [np.asarray(self._of_image(features.hidden_states, i), np.float32) for i in images]
+        slices = visual.kind == "slices"
+        return found, [b[:, : visual.slices] if slices else b[:, 0] for b in blocks]
+
+    def image_tokens(self, images: Sequence[ImageInput], prompts: Sequence[PromptInput] = (), template: str = "") -> list:
+        """What the decoder reads: [N, D] float32 an image, after projector or fusion. `prompts`: one an image where the image
+        tokens depend on the text (SAMF)."""
+        fused = self.experiment.model.fusion.kind != "none"
+        if fused and len(prompts) != len(images):
+            raise UserError(
+                "this model's image tokens depend on the text: give image_tokens(images, prompts) one prompt an image"
+            )
+        result = []
+        for image, prompt in zip(images, prompts if fused else [None] * len(images), strict=True):
+            made = self.prompt(image, prompt, template) if fused else self._shown(image)
+            tokens = self.engine.apply(features.image_tokens, self._batch(made))
+            shown = made.images[0]
+            places = self.experiment.places(token_count(shown.grid, self.experiment.visual), shown.grid)
+            result.append(np.asarray(tokens, np.float32)[0, :places])
+        return result
+
+    def volume_features(self, images: Sequence[ImageInput]) -> list[np.ndarray]:
+        """SAMF's features of whole volumes, from the aggregator: [F] float32 an image."""
+        self._needs_fusion("volume_features")
+        return [np.asarray(self._of_image(features.volume_features, i), np.float32)[0, 0] for i in images]
+
+    def fusion_weights(
+        self, images: Sequence[ImageInput], prompts: Sequence[PromptInput], template: str = ""
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What SAMF's fusion looks at: weights of the slices [S] and of the prompt's ids [T], each with sum 1, a prompt."""
+        self._needs_fusion("fusion_weights")
+        _same_number(images, prompts)
+        result = []
+        for image, prompt in zip(images, prompts, strict=True):
+            batch = self._batch(self.prompt(image, prompt, template))
+            slices, text = (np.asarray(w, np.float32)[0, 0] for w in self.engine.apply(features.fusion_weights, batch))
+            result.append((slices, text[np.asarray(batch.segment_ids)[0] != 0]))
+        return result
+
+    def tower(self, inputs: np.ndarray) -> np.ndarray:
+        """The tower alone, on inputs that are prepared already: [M, *image, channels] float32 -> [M, N, C] float32. Other
+        sizes than its own are taken too: the position table is interpolated."""
+        if self.experiment.model.tower.kind == "none":
+            raise UserError("this model reads token files and has no tower")
+        count = -(-len(inputs) // self.rows) * self.rows
+        padded = np.zeros((count, *inputs.shape[1:]), np.float32)
+        padded[: len(inputs)] = inputs
+        spec = self.rules.sharding(self.mesh, "batch", *[None] * (inputs.ndim - 1))
+        return np.asarray(self.engine.apply(features.tower, jax.device_put(padded, spec)), np.float32)[: len(inputs)]
+
+    def _needs_fusion(self, name: str) -> None:
+        if self.experiment.model.fusion.kind == "none":
+            raise UserError(f"{name}: this model has no fusion of slices and text")
+
+    def _shown(self, image: ImageInput) -> Prompt:
+        """An image by itself, as if it were a prompt."""
+        made = Prompt(np.asarray([-200], np.int32), (self.read(image),))
+        check(made, self.experiment, "image")
+        return made
+
+    def _of_image(self, compute: Any, image: ImageInput) -> Any:
+        return self.engine.apply(compute, self._batch(self._shown(image)))
+
+    def _batch(self, prompt: Prompt) -> Any:
+        """A prompt alone on the mesh."""
+        batch = left_padded([prompt], self.rows, bucket_of(prompt, self.experiment), self.experiment)
+        return put(batch, self.mesh, self.rules)
+
+    # -- training ----------------------------------------------------------------------------------------------------------
+
+    def tokens(self, records: Sequence[Mapping[str, Any] | Record], template: str = "") -> list[Result]:
+        """Per record `token_ids` (-200 at an image's places), `labels` (-100 where not supervised), both lists, and `voided`
+        (bool): whether no label is left, with `reason`. Records as the data set's file holds them, conversations and rows of
+        CSV files alike."""
+        result = []
+        for example, _ in self._examples(records, template):
+            ids, labels = as_upstream(example, self.tokenizer)
+            found = {"token_ids": ids.tolist(), "labels": labels.tolist()}
+            result.append(Result(found, voided=bool(example.voided), reason=example.voided))
+        return result
+
+    def _examples(self, records: Sequence[Mapping[str, Any] | Record], template: str) -> list[tuple[Example, Record]]:
+        name = template or self.experiment.data.template
+        reading = reading_of(self.experiment)
+        known = [r if isinstance(r, Record) else record_from_dict(dict(r), n, reading=reading) for n, r in enumerate(records)]
+        known = [settle(r, self.options.missing_image_token) for r in known]
+        return [(encode_training(r, self.tokenizer, name, self.options), r) for r in known]
+
+    def loss(
+        self,
+        records: Sequence[Mapping[str, Any] | Record],
+        gradients: bool = False,
+        folder: str = "",
+        template: str = "",
+        embeddings: str = "",
+    ) -> Result:
+        """Mean loss over the supervised tokens of `records`, without dropout: `loss`, `token_count`, and with `gradients`
+        {upstream's tensor name: float32 array} of the trainable half.
+
+        An image is a path, or a name in `folder` (default: the run's folder of token files, images or volumes); `embeddings`
+        is another name for it.
+        """
+        pairs = self._examples(records, template)
+        folder = folder or embeddings
+        images = [tuple(self._record_image(i, folder) for i in record.images) for _, record in pairs]
+        examples = [example for example, _ in pairs]
+        if not any((e.labels != IGNORE).any() for e in examples):
+            zero = Result(loss=0.0, token_count=0)
+            return Result(zero, gradients=self._zero_gradients()) if gradients else zero
+        batch = training_batch(examples, images, self.rows, 2 * dict(self.mesh.shape)["context"], self.experiment)
+        with jax.set_mesh(self.mesh):
+            trainable, frozen = self._halves
+            objective = TokenCrossEntropy(self._plan.graphdef, self._plan.rules, self.experiment)
+            placed = put(dataclasses.replace(batch, order="any"), self.mesh, self._plan.rules)
+            if not gradients:
+                total, count = jax.jit(objective.evaluate)(trainable, frozen, placed)
+                return Result(loss=float(total / count), token_count=int(count))
+            sample = dataclasses.replace(self.experiment, lora=dataclasses.replace(self.experiment.lora, dropout=0.0))
+            objective = dataclasses.replace(objective, experiment=sample)
+            metrics, grads = jax.jit(objective.value_and_grad)(trainable, frozen, placed, jax.random.key(0))
+            named = export_names(grads, self.experiment)
+        return Result(loss=float(metrics.loss), token_count=int(metrics.supervised_tokens), gradients=named)
+
+    def _record_image(self, image: str, folder: str) -> VisualInput:
+        """A path that exists, by itself or after the path rule of token files, else a name in the folder."""
+        visual = self.experiment.visual
+        places = [image, input_path("", image, visual)]
+        found = next((place for place in places if os.path.isfile(place)), "")
+        return read_input(found or input_path(folder or input_folder(self.experiment.data, visual), image, visual), visual)
+
+    def _zero_gradients(self) -> dict[str, np.ndarray]:
+        with jax.set_mesh(self.mesh):
+            return export_names(jax.tree.map(jnp.zeros_like, self._halves[0]), self.experiment)
+
+    @functools.cached_property
+    def _plan(self):
+        with jax.set_mesh(self.mesh):
+            return blueprint(self.experiment, self.mesh)
+
+    @functools.cached_property
+    def _halves(self) -> tuple[Any, Any]:
+        """Trainable and frozen parameters, adapters apart."""
+        with jax.set_mesh(self.mesh):
+            return start(self._plan)
+
+
+def _same_number(images: Sequence[Any], prompts: Sequence[Any]) -> None:
+    if len(images) != len(prompts):
+        raise UserError(f"{len(images)} images for {len(prompts)} prompts; give one a prompt, None where there is none")
+
+
+def _turns(prompt: str | Sequence[Any], images: int) -> list[tuple[str, str]]:
+    """The conversation that a prompt means; an image without a place goes in front of the first turn."""
+    if isinstance(prompt, str):
+        turns = [("human", prompt)]
+    else:
+        turns = [(t["from"], t["value"]) if isinstance(t, Mapping) else (t[0], t[1]) for t in prompt]
+    if images and not any(IMAGE_TOKEN in text for _, text in turns):
+        turns[0] = (turns[0][0], "\n".join([IMAGE_TOKEN] * images + [turns[0][1]]))
+    return turns
