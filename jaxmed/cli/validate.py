@@ -1,7 +1,8 @@
 """From parsed flags to a resolved experiment: what folders decide is filled in, what contradicts them is refused.
 
-`model.base`'s config.json fills every decoder field; `model.adapter` decides the adapter's shape, the projector and the visual
-input. A flag that was given explicitly wins where nothing speaks against it, and is refused where the weights do.
+`model.base`'s config.json fills every decoder field, and where it is a whole vision-language model, its image side and the
+layout of its texts too; `model.adapter` decides the adapter's shape, the projector and the visual input. A flag that was given
+explicitly wins where nothing speaks against it, and is refused where the weights do.
 """
 
 import dataclasses
@@ -10,17 +11,24 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxmed.checkpoint.adapter import run_experiment
-from jaxmed.checkpoint.folder_kinds import detect
+from jaxmed.checkpoint.folder_kinds import WHOLE, detect, detect_base
 from jaxmed.checkpoint.folders import llava_experiment, lora_config
 from jaxmed.checkpoint.hf_config import decoder_of, read_config
 from jaxmed.checkpoint.hf_io import read_json
 from jaxmed.checkpoint.manager import FOLDER, newest, read_meta
-from jaxmed.config import Experiment
+from jaxmed.checkpoint.multimodal_folders import resolve_folder
+from jaxmed.config import DataConfig, DecoderConfig, Experiment
+from jaxmed.data.inputs import TOKEN_KINDS
 from jaxmed.errors import UserError
 
 SHAPES = ("lora.rank", "lora.targets", "visual.features", "visual.norm", "visual.positions", "model.added_tokens")
 SHAPES += ("model.projector.kind", "model.projector.bypass_pool", "model.projector.pool_queries", "model.projector.pool_heads")
-"""Fields that the shapes of an adapter's weights decide"""
+SHAPES += tuple(f"model.tower.{name}" for name in ("kind", "image", "patch", "channels", "width", "layers", "mlp"))
+SHAPES += ("model.aggregator.layers", "model.aggregator.mlp", "model.aggregator.features")
+SHAPES += ("model.fusion.kind", "model.fusion.width", "visual.kind", "visual.grid", "visual.volume")
+"""Fields that the shapes of weights decide"""
+TEXTS = ("template", "max_length", "pad_id", "splice", "missing_image_token")
+"""Fields of the data config that say how a model's texts are laid out"""
 
 
 def given_flags(argv: list[str]) -> frozenset[str]:
@@ -36,23 +44,63 @@ def given_flags(argv: list[str]) -> frozenset[str]:
 def resolve(experiment: Experiment, given: Iterable[str]) -> tuple[Experiment, list[str]]:
     """-> the experiment as it will run, and what the person should know of how it came about. `given`: see `given_flags`."""
     given, before = frozenset(given), experiment
+    assumed: list[str] = []
+    if experiment.model.base and not _is_run(experiment.model.adapter) and detect_base(experiment.model.base) in WHOLE:
+        found = _grafted(experiment, *_whole(experiment, given, assumed))
+        experiment = _keep_given(before, found, given, experiment.model.base)
     if experiment.model.adapter:
-        experiment = _keep_given(before, _from_adapter(experiment, given), given)
-    experiment = _from_base(experiment, given)
+        experiment = _keep_given(before, _from_adapter(experiment, given, assumed), given, experiment.model.adapter)
+    experiment = _with_decoder(experiment, given)
     _check_sources(experiment)
-    notices, longest = _changes(before, experiment), max(experiment.data.buckets)
+    notices, longest = [*_changes(before, experiment), *dict.fromkeys(assumed)], max(experiment.data.buckets)
     if longest > experiment.model.decoder.max_positions:
         made_for = f"the language model was made for {experiment.model.decoder.max_positions:,} positions"
         notices.append(f"{made_for}, data.buckets goes up to {longest:,}: what it writes there may be poor")
     return experiment, notices
 
 
-def _from_base(experiment: Experiment, given: frozenset[str]) -> Experiment:
+def _is_run(folder: str) -> bool:
+    return bool(folder) and detect(folder) == "run"
+
+
+def _whole(experiment: Experiment, given: frozenset[str], assumed: list[str]) -> tuple[Experiment, str]:
+    """The experiment of `model.base`, a whole vision-language model, and the folder. `assumed` gets what no file said."""
+    model, asked = experiment.model, _flat(dataclasses.asdict(experiment))
+    flags = {name: asked[name] for name in given & asked.keys()}
+    found, notices = resolve_folder(detect(model.base), model.base, "", model.tower_folder, flags)
+    assumed += notices
+    return found, model.base
+
+
+def _grafted(experiment: Experiment, found: Experiment, base: str) -> Experiment:
+    """The architecture, the image side and the layout of texts of `found`; how it is trained, on what and where, as before."""
+    own = experiment.model
+    model = dataclasses.replace(
+        found.model,
+        base=base,
+        adapter=own.adapter,
+        dtype=own.dtype,
+        tokenizer=own.tokenizer or found.model.tokenizer,
+        tower_source=own.tower_source,
+    )
+    visual = dataclasses.replace(found.visual, images=experiment.visual.images, window=experiment.visual.window)
+    lora = dataclasses.replace(found.lora, dropout=experiment.lora.dropout) if found.lora.rank else experiment.lora
+    embed = found.train.train_embed_tokens or experiment.train.train_embed_tokens
+    train = dataclasses.replace(experiment.train, train_embed_tokens=embed)
+    data = _texts_of(experiment, found)
+    return dataclasses.replace(experiment, model=model, visual=visual, lora=lora, train=train, data=data)
+
+
+def _texts_of(experiment: Experiment, found: Experiment) -> DataConfig:
+    return dataclasses.replace(experiment.data, **{name: getattr(found.data, name) for name in TEXTS})
+
+
+def _with_decoder(experiment: Experiment, given: frozenset[str]) -> Experiment:
     """Every decoder field from the base's config.json."""
     model = experiment.model
     if not model.base:
         return experiment
-    decoder = decoder_of(model.base)
+    decoder = _decoder(experiment, given)
     asked, found = (_flat(dataclasses.asdict(d), "model.decoder.") for d in (model.decoder, decoder))
     for name in sorted(given & asked.keys()):
         if asked[name] != found[name]:
@@ -63,7 +111,12 @@ def _from_base(experiment: Experiment, given: frozenset[str]) -> Experiment:
     return dataclasses.replace(experiment, model=dataclasses.replace(model, decoder=decoder))
 
 
-def _from_adapter(experiment: Experiment, given: frozenset[str]) -> Experiment:
+def _decoder(experiment: Experiment, given: frozenset[str]) -> DecoderConfig:
+    whole = detect_base(experiment.model.base) in WHOLE
+    return _whole(experiment, given, [])[0].model.decoder if whole else decoder_of(experiment.model.base)
+
+
+def _from_adapter(experiment: Experiment, given: frozenset[str], assumed: list[str]) -> Experiment:
     """What the folder of `model.adapter` decides."""
     model, folder = experiment.model, experiment.model.adapter
     kind = detect(folder)
@@ -72,6 +125,10 @@ def _from_adapter(experiment: Experiment, given: frozenset[str]) -> Experiment:
     if kind == "run":
         return _from_run(experiment, run_experiment(folder))
     if kind == "llava_lora":
+        found, notices = resolve_folder(kind, folder, model.base, model.tower_folder)
+        if found.visual.kind not in TOKEN_KINDS:  # a model with a tower
+            assumed += notices
+            return _grafted(experiment, found, found.model.base)
         found = llava_experiment(folder, model.base, experiment)
         return dataclasses.replace(found, lora=dataclasses.replace(found.lora, dropout=experiment.lora.dropout))
     if kind == "peft":
@@ -106,18 +163,19 @@ def _from_run(experiment: Experiment, run: Experiment) -> Experiment:
     visual = dataclasses.replace(run.visual, images=experiment.visual.images, encoder=run.visual.encoder or signature)
     embed = run.train.train_embed_tokens or experiment.train.train_embed_tokens
     train = dataclasses.replace(experiment.train, train_embed_tokens=embed)
-    return dataclasses.replace(experiment, model=merged, lora=lora, visual=visual, train=train)
+    data = experiment.data if run.visual.kind in (*TOKEN_KINDS, "none") else _texts_of(experiment, run)
+    return dataclasses.replace(experiment, model=merged, lora=lora, visual=visual, train=train, data=data)
 
 
-def _keep_given(asked: Experiment, found: Experiment, given: frozenset[str]) -> Experiment:
-    """Explicit flags over what a folder says; those that its weights contradict are refused."""
+def _keep_given(asked: Experiment, found: Experiment, given: frozenset[str], folder: str) -> Experiment:
+    """Explicit flags over what `folder` says; those that its weights contradict are refused."""
     wanted, has = _flat(dataclasses.asdict(asked)), _flat(dataclasses.asdict(found))
     for name in sorted(given & wanted.keys()):
         if wanted[name] == has[name] or name.startswith("model.decoder."):
             continue
         if name in SHAPES:
             raise UserError(
-                f"--{name.replace('_', '-')} {wanted[name]} disagrees with {asked.model.adapter}, which has {has[name]}; "
+                f"--{name.replace('_', '-')} {wanted[name]} disagrees with {folder}, which has {has[name]}; "
                 "leave the flag out, the folder decides"
             )
         found = _replace(found, name.split("."), wanted[name])
@@ -138,6 +196,10 @@ def _check_sources(experiment: Experiment) -> None:
             f"no --model.base: train.trainable {experiment.train.trainable} needs the folder of a language model "
             "(or --train.trainable all, to train from scratch)"
         )
+    if experiment.visual.norm and experiment.visual.kind not in TOKEN_KINDS:
+        raise UserError(
+            f"visual.norm: statistics are those of token files, visual.kind is {experiment.visual.kind}; leave it out"
+        )
     if not model.tokenizer and not model.base:
         raise UserError("no tokenizer: give --model.tokenizer, a folder with tokenizer.json or tokenizer.model")
     if not data.records:
@@ -156,10 +218,15 @@ def _changes(before: Experiment, after: Experiment) -> list[str]:
     """A line for each part of the config that folders decided otherwise."""
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(after))
     changed = [name for name in new if old[name] != new[name]]
-    decoder = [name for name in changed if name.startswith("model.decoder.")]
-    lines = [f"decoder: {len(decoder)} fields from {os.path.join(after.model.base, 'config.json')}"] if decoder else []
-    rest = [f"{name} {new[name]} (the config says {old[name]!r})" for name in changed if name not in decoder]
-    return [*lines, f"from {after.model.adapter}: {', '.join(rest)}"] if rest else lines
+    base, folder = os.path.join(after.model.base, "config.json"), after.model.adapter or after.model.base
+    lines, rest = [], []
+    for part in ("decoder", "tower"):
+        fields = [name for name in changed if name.startswith(f"model.{part}.")]
+        lines += [f"{part}: {len(fields)} fields from {base if part == 'decoder' else folder}"] if fields else []
+    for name in changed:
+        if not name.startswith(("model.decoder.", "model.tower.")):
+            rest.append(f"{name} {new[name]} (the config says {old[name]!r})")
+    return [*lines, f"from {folder}: {', '.join(rest)}"] if rest else lines
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
