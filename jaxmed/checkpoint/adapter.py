@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.decoder_tables import EMBED
-from jaxmed.checkpoint.folders import detect
+from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.hf_io import TensorFolder, open_folder
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.projector_tables import PROJECTOR
@@ -65,40 +65,64 @@ def chain(adapter: str) -> Iterator[str]:
 def _needs(run: str, experiment: Experiment, older: str) -> bool:
     """Whether a run's checkpoint leaves out anything that it took from the adapter before it."""
     trained = experiment.train
+    if trained.trainable == "all" and (trained.train_tower or experiment.model.tower.kind == "none"):
+        return False
+    if detect(older) == "run":
+        return not _shapes(older).keys() <= _shapes(run).keys()
     if trained.trainable == "all":
         return False
     if trained.trainable == "projector":
         return experiment.lora.rank > 0 or bool(experiment.model.added_tokens)
-    if detect(older) == "run":
-        before = manager.trainable_shapes(older, manager.newest(older))
-        return not before.keys() <= manager.trainable_shapes(run, manager.newest(run)).keys()
     return not trained.train_embed_tokens and EMBED in canonical_names(open_folder(older).names(), older)
 
 
+def _shapes(run: str) -> dict[str, tuple[int, ...]]:
+    """{path as text: shape} of what a run's newest checkpoint holds."""
+    return manager.trainable_shapes(run, manager.newest(run))
+
+
+def runs_of(experiment: Experiment) -> list[str]:
+    """The runs of `model.adapter`, the newest first."""
+    return [folder for folder in chain(experiment.model.adapter) if detect(folder) == "run"]
+
+
+def held_by_runs(experiment: Experiment) -> set[str]:
+    """Paths, as texts, of the parameters that come from a run: no folder need hold them, nothing need draw them."""
+    return {name for run in runs_of(experiment) for name in _shapes(run)}
+
+
 def overlay_runs(experiment: Experiment, values: dict[Path, Any], complete: bool) -> dict[Path, Any]:
-    """`values` with what the runs of `model.adapter` trained laid over them, the newest last.
+    """`values` with what the runs of `model.adapter` hold in place of theirs; those may be jax.ShapeDtypeStructs.
 
     `complete`: `values` are a whole model; whatever a run holds must then have a place in it.
     """
-    runs = [folder for folder in chain(experiment.model.adapter) if detect(folder) == "run"]
-    for run in reversed(runs):
-        values = values | _from_run(run, values, complete)
-    return values
+    found: dict[Path, Any] = {}
+    for run in runs_of(experiment):
+        if complete:
+            _check_places(run, values)
+        found |= _from_run(run, {path: value for path, value in values.items() if path not in found})
+    return values | found
 
 
-def _from_run(run: str, values: Mapping[Path, Any], complete: bool) -> dict[Path, Any]:
-    """Arrays of a run's newest checkpoint for the paths of `values`, in their dtypes and shardings."""
-    step = manager.newest(run)
-    saved = manager.trainable_shapes(run, step)
-    names = {"/".join(str(part) for part in path): path for path in values}
-    lost = sorted(saved.keys() - names.keys()) if complete else []
+def _check_places(run: str, values: Mapping[Path, Any]) -> None:
+    lost = sorted(_shapes(run).keys() - {text(path) for path in values})
     if lost:
         raise UserError(
             f"{run}: holds {', '.join(lost[:3])}, for which this model has no place; leave the run its own settings"
         )
+
+
+def text(path: Path) -> str:
+    """A path as checkpoints name it."""
+    return "/".join(str(part) for part in path)
+
+
+def _from_run(run: str, values: Mapping[Path, Any]) -> dict[Path, Any]:
+    """Arrays of a run's newest checkpoint for the paths of `values`, in their dtypes and shardings."""
+    saved, names = _shapes(run), {text(path): path for path in values}
     for name in sorted(saved.keys() & names.keys()):
         if saved[name] != tuple(values[names[name]].shape):
             raise UserError(f"{run}: {name} has shape {saved[name]}, this model needs {tuple(values[names[name]].shape)}")
     wanted = {name: values[path] for name, path in names.items() if name in saved}
-    found = manager.restore_part(run, step, wanted) if wanted else {}
+    found = manager.restore_part(run, manager.newest(run), wanted) if wanted else {}
     return {names[name]: array for name, array in found.items()}

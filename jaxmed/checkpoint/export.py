@@ -26,7 +26,7 @@ from jaxmed.errors import UserError
 from jaxmed.nn.block import adapter_paths
 from jaxmed.nn.linear import Adapter, merged_weight
 
-Format = Literal["hf", "peft", "llava"]
+Format = Literal["orbax", "hf", "peft", "llava", "lamed", "samf"]
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 MODEL = "model.safetensors"
 """Written as shards with an index where it is larger than one"""
@@ -38,6 +38,7 @@ class Plan:
     """What an export will write."""
 
     experiment: Experiment
+    """Of what is written"""
     to: Format
     files: dict[str, list[Tensor]]
     documents: dict[str, dict[str, Any]]
@@ -47,6 +48,8 @@ class Plan:
     ignored: dict[str, str]
     """What the source holds and the export leaves out, with the reason"""
     notes: list[str]
+    source: Experiment
+    """Where the values are"""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -147,7 +150,7 @@ def _plan_hf(values: Values, planner: _Planner) -> Plan:
     notes = _projector_beside(values, planner, files)
     dtype = next(tensor.dtype for tensor in files[MODEL] if tensor.name == EMBED)
     documents = export_config.hf_documents(experiment, dtype.name)
-    return Plan(experiment, "hf", files, documents, True, values.ignored | _optimizer(values), notes)
+    return Plan(experiment, "hf", files, documents, True, values.ignored | _optimizer(values), notes, experiment)
 
 
 def _projector_beside(values: Values, planner: _Planner, files: dict[str, list[Tensor]]) -> list[str]:
@@ -174,7 +177,7 @@ def _plan_peft(values: Values, planner: _Planner) -> Plan:
     files = {"adapter_model.safetensors": planner.tensors(rows, PEFT_PREFIX)}
     notes = _projector_beside(values, planner, files)
     documents = {"adapter_config.json": export_config.adapter_config(experiment, values.upstream)}
-    return Plan(experiment, "peft", files, documents, False, ignored, notes)
+    return Plan(experiment, "peft", files, documents, False, ignored, notes, experiment)
 
 
 def _plan_llava(values: Values, planner: _Planner) -> Plan:
@@ -191,7 +194,7 @@ def _plan_llava(values: Values, planner: _Planner) -> Plan:
             raise UserError("rows of added tokens were trained without LoRA, for which upstream has no layout; give --to hf")
         files = {"mm_projector.bin": planner.tensors(projector, "")}
         notes.append("there is no adapter: this is upstream's alignment stage, mm_projector.bin and config.json")
-        return Plan(experiment, "llava", files, documents, True, values.ignored | _optimizer(values), notes)
+        return Plan(experiment, "llava", files, documents, True, values.ignored | _optimizer(values), notes, experiment)
     rest = list(projector)
     if table:
         whole = decoder_rows(experiment.model.decoder, len(experiment.model.added_tokens))
@@ -202,7 +205,7 @@ def _plan_llava(values: Values, planner: _Planner) -> Plan:
     files = {"adapter_model.safetensors": planner.tensors(lora, PEFT_PREFIX)}
     files["non_lora_trainables.bin"] = planner.tensors(rest, PEFT_PREFIX)
     documents["adapter_config.json"] = export_config.adapter_config(experiment, values.upstream)
-    return Plan(experiment, "llava", files, documents, True, values.ignored | _optimizer(values), notes)
+    return Plan(experiment, "llava", files, documents, True, values.ignored | _optimizer(values), notes, experiment)
 
 
 def _check_adapter(values: Values, to: str) -> None:

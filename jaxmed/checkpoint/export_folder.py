@@ -7,13 +7,18 @@ import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+
 import jaxmed
 from jaxmed.checkpoint.export import MODEL, Plan
 from jaxmed.checkpoint.export_config import tokenizer_folder, write_chat_template, write_tokenizer
 from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.hf_io import base_fingerprint
+from jaxmed.checkpoint.orbax_export import write_native
 from jaxmed.checkpoint.tensor_files import write_model, write_safetensors
 from jaxmed.checkpoint.torch_pickle_writer import save_bin
+from jaxmed.config import MeshConfig
+from jaxmed.distributed import barrier, is_first
 from jaxmed.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -26,18 +31,46 @@ def check_out(out: str) -> None:
         raise UserError(f"--out {out}: exists already; give a new folder (nothing is overwritten)")
 
 
-def write_export(plan: Plan, source: str, out: str, shard_size: int, say: Callable[[str], None]) -> None:
-    """`out` appears when it is complete; after an error nothing is left of it."""
+def write_export(
+    plan: Plan,
+    source: str,
+    out: str,
+    shard_size: int,
+    mesh: MeshConfig,
+    say: Callable[[str], None],
+    verify: Callable[[str], None] = lambda folder: None,
+) -> None:
+    """`out` appears when it is complete and `verify` had nothing against it; after an error nothing is left of it."""
+
+    def fill(folder: str) -> None:
+        if plan.to == "orbax":
+            write_native(plan, folder, mesh)
+        elif is_first():
+            _write_files(plan, folder, shard_size, say)
+        if is_first():
+            say("hashing the source files")
+            write_json(os.path.join(folder, MANIFEST), manifest(plan, source))
+        verify(folder)
+
+    complete_or_nothing(out, fill)
+
+
+def complete_or_nothing(out: str, fill: Callable[[str], None]) -> None:
+    """`fill` writes a folder under a temporary name, then it is renamed. Processes of one job do so together."""
     check_out(out)
     out = os.path.abspath(out)
-    partial = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.partial-{os.getpid()}")
-    os.makedirs(partial)
+    who = os.getpid() if jax.process_count() == 1 else "job"
+    partial = os.path.join(os.path.dirname(out), f".{os.path.basename(out)}.partial-{who}")
+    if is_first():
+        os.makedirs(partial)
+    barrier("temporary folder")
     try:
-        _write_files(plan, partial, shard_size, say)
-        say("hashing the source files")
-        _write_json(os.path.join(partial, MANIFEST), manifest(plan, source))
-        check_out(out)  # another process may have been here meanwhile
-        os.rename(partial, out)
+        fill(partial)
+        barrier("folder written")
+        if is_first():
+            check_out(out)  # another process may have been here meanwhile
+            os.rename(partial, out)
+        barrier("folder renamed")
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -53,7 +86,7 @@ def _write_files(plan: Plan, folder: str, shard_size: int, say: Callable[[str], 
         else:
             write_safetensors(path, tensors)
     for name, document in plan.documents.items():
-        _write_json(os.path.join(folder, name), document)
+        write_json(os.path.join(folder, name), document)
     if plan.tokenizer:
         written = {name: document for name, document in plan.documents.items() if name in _CONFIGS}
         if not write_tokenizer(plan.experiment, folder):
@@ -62,22 +95,22 @@ def _write_files(plan: Plan, folder: str, shard_size: int, say: Callable[[str], 
             write_chat_template(plan.experiment, folder)
         for name in set(_CONFIGS) & set(os.listdir(folder)):  # saving a tokenizer states end ids of its own
             if name in written:
-                _write_json(os.path.join(folder, name), written[name])
+                write_json(os.path.join(folder, name), written[name])
             else:
                 os.remove(os.path.join(folder, name))
 
 
-def _write_json(path: str, content: dict[str, Any]) -> None:
+def write_json(path: str, content: dict[str, Any]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")
 
 
 def manifest(plan: Plan, source: str) -> dict[str, Any]:
-    """Where everything came from: files with their sha256, the rule for each tensor, base, projector and adapter."""
-    model = plan.experiment.model
+    """Where everything came from: files with their sha256, the rule for each tensor, base, tower, projector and adapter."""
+    model = plan.source.model
     used = sorted({place for tensor in plan.tensors for place in tensor.sources})
-    configs = [os.path.join(folder, name) for folder in {source, model.base} - {""} for name in _CONFIGS]
+    configs = [os.path.join(folder, name) for folder in {source, model.base, model.tower_folder} - {""} for name in _CONFIGS]
     base = {"folder": model.base, "fingerprint": base_fingerprint(model.base)} if model.base else {}
     return {
         "format": plan.to,
@@ -86,7 +119,8 @@ def manifest(plan: Plan, source: str) -> dict[str, Any]:
         "base": base,
         "adapter": _places(plan, lambda path: path.endswith(("/lora_a", "/lora_b")), merged=True),
         "projector": _places(plan, lambda path: path.startswith("projector/"), merged=False),
-        "tokenizer": tokenizer_folder(plan.experiment) if plan.tokenizer else "",
+        "tower": _places(plan, lambda path: path.startswith("tower/"), merged=False),
+        "tokenizer": tokenizer_folder(plan.source) if plan.tokenizer else "",
         "added_tokens": list(model.added_tokens),
         "template": plan.experiment.data.template,
         "encoder": plan.experiment.visual.encoder,

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable
@@ -77,6 +78,10 @@ class Checkpoints:
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         meta = read_meta(self.folder, step)
         path = os.path.join(self.folder, str(step))
+        if meta.get("complete"):
+            raise UserError(
+                f"{self.folder}: holds a converted model, no run; go on from it by --model.adapter, in another --out"
+            )
         trainable = restore_named(os.path.join(path, "trainable"), abstract.trainable)
         opt_state = restore_named(os.path.join(path, "opt"), abstract.opt_state)
         count = jax.device_put(jnp.int32(meta["step"]), abstract.step.sharding)
@@ -138,10 +143,36 @@ def _unreadable(path: str, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be read ({first_line}); copy it again, or move {folder} away: the one before is taken")
 
 
+def is_complete(run: str) -> bool:
+    """Whether a run's checkpoint holds every parameter (`jaxmed convert --to orbax`), not what was trained alone."""
+    return bool(read_meta(os.path.join(run, FOLDER), newest(run)).get("complete"))
+
+
 def restore_part(run: str, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Some arrays {path: array} of a checkpoint's trainable half, in the dtypes and shardings of `wanted`."""
+    """Some arrays {path: array} of a checkpoint's trainable half, in the dtypes and shardings of `wanted`.
+
+    Orbax holds all that it is asked for in host memory at once, so it is asked for a gigabyte at a time.
+    """
     path = os.path.abspath(os.path.join(run, FOLDER, str(step), "trainable"))
     abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in wanted.items()}
+    return {name: array for part in in_parts(abstract) for name, array in _restored(path, part).items()}
+
+
+def in_parts(leaves: dict[Any, Any], size: int = 1 << 30) -> list[dict[Any, Any]]:
+    """`leaves` in their order, as many together as have `size` bytes (a larger one stands alone)."""
+    parts: list[dict[Any, Any]] = []
+    room = -1
+    for key, leaf in leaves.items():
+        nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if not parts or nbytes > room:
+            parts.append({})
+            room = size
+        parts[-1][key] = leaf
+        room -= nbytes
+    return parts
+
+
+def _restored(path: str, abstract: dict[str, Any]) -> dict[str, Any]:
     args = ocp.args.PyTreeRestore(
         item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
     )
@@ -154,10 +185,16 @@ def restore_part(run: str, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def trainable_shapes(run: str, step: int) -> dict[str, tuple[int, ...]]:
     """{path: shape} of what a checkpoint's trainable half holds."""
+    return {name: leaf.shape for name, leaf in trainable_leaves(run, step).items()}
+
+
+def trainable_leaves(run: str, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape and dtype} of what a checkpoint's trainable half holds."""
     path = os.path.abspath(os.path.join(run, FOLDER, str(step), "trainable"))
     with ocp.StandardCheckpointer() as reader:
         try:
-            return _shapes(reader, path)
+            tree = reader.metadata(path).item_metadata.tree
+            return {name: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for name, leaf in tree.items()}
         except Exception as error:
             raise _unreadable(path, error) from error
 

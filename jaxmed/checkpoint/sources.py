@@ -4,17 +4,17 @@ An image tower's own folder, the base (a language model, or a whole vision-langu
 of `model.adapter`. Which parameters they fill is told part by part from their tensors: a part that is there must be complete.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from jaxmed.checkpoint.adapter import chain, upstream_folder
-from jaxmed.checkpoint.folders import detect
-from jaxmed.checkpoint.hf_io import TensorFolder, open_folder
+from jaxmed.checkpoint.adapter import held_by_runs, upstream_folder
+from jaxmed.checkpoint.hf_io import TensorFolder, base_fingerprint, open_folder
 from jaxmed.checkpoint.hf_tables import Row, experiment_rows
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.tower_tables import surplus_reason
-from jaxmed.config import Experiment, TowerConfig
+from jaxmed.config import Experiment, ModelConfig, TowerConfig
 from jaxmed.errors import UserError
 
 Path = tuple[str | int, ...]
@@ -68,9 +68,9 @@ def weight_sources(experiment: Experiment) -> WeightSources:
 
 def _tower_elsewhere(experiment: Experiment) -> bool:
     """Whether a run holds the tower, or it shall start at random."""
-    if not experiment.train.train_tower:
-        return False
-    return experiment.model.tower_source == "random" or any(detect(f) == "run" for f in chain(experiment.model.adapter))
+    if experiment.train.train_tower and experiment.model.tower_source == "random":
+        return True
+    return any(name.startswith("tower/") for name in held_by_runs(experiment))
 
 
 def _no_tower(experiment: Experiment, folders: Sequence[TensorFolder]) -> str:
@@ -81,3 +81,11 @@ def _no_tower(experiment: Experiment, folders: Sequence[TensorFolder]) -> str:
         f"{places}: the image tower's weights are not there; give the tower's folder{hint} with --tower (to train it from "
         "scratch: --model.tower-source random --train.train-tower)"
     )
+
+
+def weights_identity(model: ModelConfig) -> str:
+    """Fingerprint of the folders with the frozen weights; "" where there are none. A run is loaded with the same ones."""
+    base = base_fingerprint(model.base) if model.base else ""
+    if not model.tower_folder:
+        return base
+    return hashlib.sha256(f"{base} {base_fingerprint(model.tower_folder)}".encode()).hexdigest()

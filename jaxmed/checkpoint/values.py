@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.adapter import chain
-from jaxmed.checkpoint.folders import detect
+from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.load import Path, match_params, read_slice
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.sources import weight_sources
@@ -31,11 +31,26 @@ class Trained:
 
     run: str
     step: int
-    shapes: dict[str, tuple[int, ...]]
+    leaves: dict[str, jax.ShapeDtypeStruct]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: leaf.shape for name, leaf in self.leaves.items()}
 
     @property
     def path(self) -> str:
         return os.path.join(self.run, manager.FOLDER, str(self.step), "trainable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    file: str
+    """Or a checkpoint's folder; "": nothing holds the parameter"""
+    name: str
+    """Theirs"""
+    rule: str
+    whole: bool
+    """Whether it is one array for all layers"""
 
 
 class Values:
@@ -84,12 +99,25 @@ class Values:
 
     def source(self, path: Path, layer: int) -> str:
         """The file, or the checkpoint's folder, that holds a parameter (one layer of it)."""
-        trained = self.trained_by(path)
-        return trained.path if trained else self._piece(path, layer).where.rsplit(": ", 1)[0]
+        return self.origin(path, layer).file
+
+    def origin(self, path: Path, layer: int) -> "Origin":
+        """Where a parameter (one layer of it) comes from, for the table; a run holds all layers in one array."""
+        if trained := self.trained_by(path):
+            return Origin(trained.path, "/".join(path), "Identity()", True)
+        if not self.stored(path):
+            return Origin("", "-", "initial values", True)
+        piece = self._piece(path, layer)
+        file, name = piece.where.rsplit(": ", 1)
+        return Origin(file, name, repr(piece.transform), False)
+
+    def is_stacked(self, path: Path) -> bool:
+        return is_stacked(path)
 
     def dtype(self, path: Path, layer: int) -> np.dtype:
         """As it is stored."""
-        return np.dtype(np.float32) if self.trained_by(path) else self._piece(path, layer).theirs.dtype
+        trained = self.trained_by(path)
+        return trained.leaves["/".join(path)].dtype if trained else self._piece(path, layer).theirs.dtype
 
     def shape(self, path: Path) -> tuple[int, ...]:
         """Without the layers."""
@@ -125,7 +153,8 @@ def parameter_shapes(experiment: Experiment) -> dict[Path, jax.ShapeDtypeStruct]
 
 
 def is_stacked(path: Path) -> bool:
-    return path[:2] == ("decoder", "blocks")
+    """Whether a parameter has a leading dimension of layers."""
+    return path[1:2] == ("blocks",)
 
 
 def _nested(leaves: dict[Path, Any]) -> dict[str, Any]:
@@ -140,7 +169,7 @@ def _nested(leaves: dict[Path, Any]) -> dict[str, Any]:
 
 def _trained(run: str) -> Trained:
     step = manager.newest(run)
-    return Trained(run, step, manager.trainable_shapes(run, step))
+    return Trained(run, step, manager.trainable_leaves(run, step))
 
 
 def _read_array(trained: Trained, name: str) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""`jaxmed convert SRC --to FORMAT --out DIR`: a trained model as a folder that transformers, PEFT or upstream's LLaVA reads."""
+"""`jaxmed convert SRC --to FORMAT --out DIR`: any model as a folder of ours, or as one that other programs read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -9,16 +9,19 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxmed.cli import common
+from jaxmed.config import DistributedConfig, MeshConfig
 from jaxmed.errors import UserError
 
 if TYPE_CHECKING:
     from jaxmed.checkpoint.export import Plan
 
-HELP = "Write a model as a Hugging Face, PEFT or LLaVA folder"
+HELP = "Write a model as a run of ours, or as a Hugging Face, PEFT, LLaVA, M3D-LaMed or SAMF folder"
 
-DESCRIPTION = """Write a model as others read it. SRC is a run of `jaxmed train`, an upstream LoRA folder, a PEFT adapter or a
-Hugging Face language model; which, is told from its files.
+DESCRIPTION = """Write a model as others read it, or as our own folder. SRC is a run of `jaxmed train`, a model or an adapter
+as Hugging Face, PEFT, LLaVA, M3D or SAMF wrote it; which, is told from its files.
 
+  orbax   a run that needs no other folder: every parameter in one checkpoint, read slice by slice onto --mesh; adapters stay
+          apart unless --merge is given. `jaxmed generate`, `jaxmed train --model.adapter` and jaxmed.load take it
   hf      adapters merged into the base (in float32), for transformers and what builds on it; the projector stands beside it
   peft    the adapter alone, for `peft` on the base
   llava   upstream's LoRA layout: adapter, non_lora_trainables.bin, config.json with mm_* fields, tokenizer
@@ -31,13 +34,15 @@ DIR appears when it is complete, with a manifest.json of where everything came f
 @dataclass(frozen=True)
 class Args:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="src")]
-    """A run, an upstream LoRA folder, a PEFT adapter, or a Hugging Face language model"""
-    to: Literal["hf", "peft", "llava"]
+    """A run, a model's folder, or an adapter's"""
+    to: Literal["orbax", "hf", "peft", "llava"]
     """Layout to write"""
     out: str = ""
     """Folder to write; must not exist"""
     base: str = ""
     """The language model's folder, where SRC does not find it by itself"""
+    tower: str = ""
+    """The image tower's folder, where it is apart"""
     merge: bool = False
     """Merge adapters into the base; --to hf always does"""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -48,36 +53,59 @@ class Args:
     """Size of a weight file at most"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """KEY=VALUE for what no file stores, such as lora.alpha=12 (repeatable)"""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
 def run(argv: list[str]) -> int:
     args = common.parse(Args, argv, prog="jaxmed convert", description=DESCRIPTION)
     # imported late: --help and flags that are wrong need no JAX
+    import jax
+
+    from jaxmed.distributed import initialise, leave
+
+    initialise(args.distributed)
+    try:
+        convert(args)
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        leave(error)
+    return 0
+
+
+def convert(args: Args) -> None:
     from jaxmed.api import resolve
-    from jaxmed.checkpoint.export import plan_export
+    from jaxmed.checkpoint.export import DTYPES, plan_export
     from jaxmed.checkpoint.export_folder import check_out, write_export
     from jaxmed.checkpoint.folder_kinds import KINDS, detect
+    from jaxmed.checkpoint.orbax_export import plan_native
     from jaxmed.checkpoint.tensor_files import parse_size
+    from jaxmed.distributed import is_first, say
 
     shard_size = parse_size(args.shard_size, "--shard-size")
-    if args.merge and args.to != "hf":
+    if args.merge and args.to in ("peft", "llava"):
         raise UserError(f"--merge: {args.to} is a layout of adapters; leave --merge out, or give --to hf")
     if not args.dry_run:
         if not args.out:
             raise UserError("no --out: give the folder to write (or --dry-run, to see what it would hold)")
         check_out(args.out)
     kind = detect(args.source)
-    common.notice(f"{args.source}: {KINDS[kind]}")
-    experiment = resolve(args.source, args.base, "float32", common.settings(args.set))
-    plan = plan_export(experiment, args.to, args.dtype)
+    say(f"{args.source}: {KINDS[kind]}")
+    experiment = resolve(args.source, args.base, "float32", common.settings(args.set), args.tower)
+    if args.to == "orbax":
+        plan = plan_native(experiment, DTYPES[args.dtype] if args.dtype else None, args.merge)
+    else:
+        plan = plan_export(experiment, args.to, args.dtype)
     if args.dry_run:
-        show(plan)
-        return 0
-    write_export(plan, args.source, args.out, shard_size, common.notice)
+        if is_first():
+            show(plan)
+        return
+    write_export(plan, args.source, args.out, shard_size, args.mesh, say)
     for note in plan.notes:
-        common.notice(note)
-    print(args.out)
-    return 0
+        say(note)
+    if is_first():
+        print(args.out)
 
 
 def show(plan: "Plan") -> None:

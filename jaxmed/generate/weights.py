@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, reshard
 
+from jaxmed.checkpoint.adapter import held_by_runs, text
 from jaxmed.checkpoint.load import read_params
+from jaxmed.checkpoint.manager import in_parts
 from jaxmed.checkpoint.sources import weight_sources
 from jaxmed.config import Experiment, LoraConfig
 from jaxmed.models.vlm import Vlm
@@ -51,10 +53,9 @@ def load_weights(experiment: Experiment, mesh: Mesh, rules: Rules, split: bool) 
     wanted = {path: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[path]) for path, leaf in shapes.items()}
 
     plan = blueprint(experiment, mesh)
-    trained = materialise(experiment, flatten(plan.trainable), complete=False)
-    parts = unstacked(trained) if split else trained
+    parts = _stacked_parts(experiment, flatten(plan.trainable), flatten(plan.frozen), split)
     missing = {path: leaf for path, leaf in wanted.items() if path not in parts}
-    frozen = _frozen(experiment, missing, plan.frozen, split)
+    frozen = _frozen(experiment, missing, plan.frozen, split) if missing else {}
     merge = _merger(Adapter(experiment.lora.rank, experiment.lora.alpha), dtype)
     params = {}
     for path, leaf in wanted.items():
@@ -62,6 +63,19 @@ def load_weights(experiment: Experiment, mesh: Mesh, rules: Rules, split: bool) 
         adapter = adapter_paths(path, parts)
         params[path] = merge(weight, *(parts[p] for p in adapter), leaf.sharding) if adapter else weight.astype(dtype)
     return Weights(graphdef, unflatten(params), merged)
+
+
+def _stacked_parts(experiment: Experiment, trainable: Leaves, frozen: Leaves, split: bool) -> Leaves:
+    """What was trained, all adapters, and whatever else a run holds; these are stored stacked, and split a few at a time."""
+    held = held_by_runs(experiment)
+    kept = {path: leaf for path, leaf in frozen.items() if path[-1] in ("lora_a", "lora_b") or text(path) in held}
+    parts: Leaves = {}
+    leaves = trainable | kept
+    drawn = {path: leaf for path, leaf in leaves.items() if text(path) not in held}
+    for some in [drawn, *in_parts({path: leaf for path, leaf in leaves.items() if path not in drawn})]:
+        values = materialise(experiment, some, complete=False) if some else {}
+        parts |= unstacked(values) if split else values
+    return parts
 
 
 def _frozen(experiment: Experiment, missing: Leaves, stacked: Any, split: bool) -> Leaves:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxmed.checkpoint.adapter import overlay_runs
+from jaxmed.checkpoint.adapter import held_by_runs, overlay_runs, text
 from jaxmed.checkpoint.load import read_params
 from jaxmed.checkpoint.sources import weight_sources
 from jaxmed.config import Experiment
@@ -76,13 +76,16 @@ def frozen_half(plan: Blueprint) -> Any:
 
 def materialise(experiment: Experiment, leaves: Leaves, complete: bool) -> Leaves:
     """Arrays for a model's parameters, or for some of them (`complete` False)."""
+    held = held_by_runs(experiment)
+    in_runs = {path: leaf for path, leaf in leaves.items() if text(path) in held}
     read: Leaves = {}
     sources = weight_sources(experiment)
     if sources.folders:
-        wanted = {path: leaf for path, leaf in leaves.items() if sources.covers(path)}
+        wanted = {path: leaf for path, leaf in leaves.items() if sources.covers(path) and path not in in_runs}
         read = flatten(read_params(sources.rows, sources.folders, unflatten(wanted), True, sources.surplus))
-    fresh = initialised(experiment, {path: leaf for path, leaf in leaves.items() if path not in read})
-    return overlay_runs(experiment, read | fresh, complete)
+    fresh = initialised(experiment, {path: leaf for path, leaf in leaves.items() if path not in read and path not in in_runs})
+    values = read | fresh | in_runs
+    return overlay_runs(experiment, {path: values[path] for path in leaves}, complete)
 
 
 def initialised(experiment: Experiment, leaves: Leaves) -> Leaves:

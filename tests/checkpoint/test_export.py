@@ -27,6 +27,7 @@ from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.folders import BTB3D_TOKENS
 from jaxmed.checkpoint.hf_io import open_folder
 from jaxmed.checkpoint.values import Values
+from jaxmed.config import MeshConfig
 from jaxmed.errors import UserError
 
 UPSTREAM = {
@@ -40,7 +41,7 @@ IMAGE = str(GOLDEN / "embeddings" / "valid_34_b_1.nii_embedded.npz")
 
 def convert(source, to: str, out, base: str = "", dtype: str = "", shard_size: int = 5 * 10**9) -> Path:
     experiment = resolve(str(source), base, "float32", {})
-    write_export(plan_export(experiment, to, dtype), str(source), str(out), shard_size, lambda text: None)
+    write_export(plan_export(experiment, to, dtype), str(source), str(out), shard_size, MeshConfig(), lambda text: None)
     return Path(out)
 
 
@@ -158,7 +159,7 @@ def test_alignment_run_is_a_projector_alone(tmp_path):
 def test_peft_loads_the_adapter_of_a_run(run, trained, tmp_path):
     out = convert(run, "peft", tmp_path / "adapter")
     plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
-    ids = trained.prompt_ids([("human", PROMPTS[1])])
+    ids = trained.prompt(None, PROMPTS[1]).ids
     without = torch_logits(plain, ids)
     model = peft.PeftModel.from_pretrained(plain, str(out)).eval()
     assert set(peft.get_peft_model_state_dict(model)) == set(load_file(out / "adapter_model.safetensors"))
@@ -175,7 +176,7 @@ def test_peft_gets_a_trained_table_without_added_rows(tmp_path):
     out = convert(GOLDEN / UPSTREAM["zero3"], "peft", tmp_path / "adapter", BASE)
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32), str(out)).eval()
     ours = jaxmed.load(str(GOLDEN / UPSTREAM["zero3"]), base=BASE, dtype="float32")
-    ids = ours.prompt_ids([("human", PROMPTS[3])])
+    ids = ours.prompt(None, PROMPTS[3]).ids
     np.testing.assert_allclose(torch_logits(model, ids), ours.logits([None], [PROMPTS[3]])[0][:, :432], atol=1e-4)
     manifest = json.loads((out / "manifest.json").read_text())
     assert "added tokens" in manifest["ignored"]["decoder/embed/added"]
@@ -195,11 +196,11 @@ def test_transformers_writes_what_the_run_writes(trained, merged):
     model = load_hf(merged)
     assert model.dtype == torch.float32 and model.config.vocab_size == 437
     for prompt, answer in zip(PROMPTS, trained.generate([None] * 4, PROMPTS, max_new_tokens=24), strict=True):
-        ids = trained.prompt_ids([("human", prompt)])
+        ids = trained.prompt(None, prompt).ids
         made = model.generate(torch.from_numpy(ids[None]).long(), do_sample=False, max_new_tokens=24)[0, len(ids) :]
         assert made.tolist() == answer.token_ids
     assert set(model.generation_config.eos_token_id) == {422, 429, 430}
-    ids = trained.prompt_ids([("human", PROMPTS[1])])
+    ids = trained.prompt(None, PROMPTS[1]).ids
     np.testing.assert_allclose(torch_logits(model, ids), trained.logits([None], [PROMPTS[1]])[0], atol=1e-4)
 
 
@@ -274,7 +275,7 @@ def test_model_trained_from_scratch(decoder, added, tmp_path):
     assert model.config.vocab_size == 432 + len(added) and model.config.bos_token_id == 421
     ours = jaxmed.load(str(tmp_path / "run"), dtype="float32")
     prompt = PROMPTS[1] + "".join(added)
-    ids = ours.prompt_ids([("human", prompt)])
+    ids = ours.prompt(None, prompt).ids
     want = ours.logits([None], [prompt])[0]
     assert len(ids) > 20 and len(set(ids) & set(range(432, 440))) == len(added)
     np.testing.assert_allclose(torch_logits(model, ids), want, atol=3e-5 * np.abs(want).max())

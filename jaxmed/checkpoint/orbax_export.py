@@ -1,0 +1,201 @@
+"""Any model as a folder of our own that needs no other: `jaxmed convert --to orbax`.
+
+The folder is a run's: config.json, tokenizer/, checkpoints/0/ with *every* parameter under `trainable` and a `meta` that says
+so (`complete`). Parameters stream from the files onto the devices of a mesh and from there to the disk; each process reads
+and writes its slices. Any mesh restores what any mesh wrote.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, reshard
+
+from jaxmed.checkpoint import manager
+from jaxmed.checkpoint.adapter import Path, text
+from jaxmed.checkpoint.export import Plan
+from jaxmed.checkpoint.export_config import tokenizer_folder
+from jaxmed.checkpoint.tensor_files import Tensor
+from jaxmed.checkpoint.values import Values
+from jaxmed.config import Experiment, LoraConfig, MeshConfig, to_dict, to_json
+from jaxmed.data.tokenizer import Tokenizer
+from jaxmed.distributed import barrier, is_first
+from jaxmed.errors import UserError
+from jaxmed.nn.block import adapter_paths
+from jaxmed.nn.linear import Adapter, merged_weight
+from jaxmed.sharding import make_mesh, unsplit_axis
+from jaxmed.train.init import Leaves, blueprint, flatten, materialise
+
+STEP = os.path.join(manager.FOLDER, "0")
+_CHUNK_BYTES = 1 << 26
+_GIGABYTE = 10**9
+
+
+def plan_native(experiment: Experiment, dtype: np.dtype | None, merge: bool) -> Plan:
+    """`dtype` None: each parameter as the source has it. Nothing is read; what does not fit is refused."""
+    values = Values(experiment)
+    merge = merge and experiment.lora.rank > 0
+    tensors = [
+        tensor
+        for path in values.shapes
+        if not (merge and path[-1] in ("lora_a", "lora_b"))
+        for tensor in _tensors(values, path, dtype, merge)
+    ]
+    found = {tensor.ours: tensor.dtype for tensor in tensors}
+    kept = _own_config(experiment, found.get("decoder/embed/table", np.dtype(np.float32)), merge)
+    notes = [] if tokenizer_folder(experiment) else ["there is no tokenizer in the source, so none was written"]
+    fresh = [text(path) for path in values.shapes if not values.stored(path)]
+    if fresh:
+        notes.append(f"no folder holds {', '.join(fresh[:3])}{', ...' if fresh[3:] else ''}: they have their first values")
+    optimizer = {f"{run.run}: optimizer state": "a converted model holds weights alone" for run in values.runs}
+    return Plan(kept, "orbax", {STEP: tensors}, {}, True, values.ignored | optimizer, notes, source=experiment)
+
+
+def _tensors(values: Values, path: Path, dtype: np.dtype | None, merge: bool) -> list[Tensor]:
+    """A parameter's rows of the table: one a tensor of theirs."""
+    shape, stored = values.shapes[path], values.stored(path)
+    layers = range(shape.shape[0]) if values.is_stacked(path) else (0,)
+    kinds = {values.dtype(path, layer) for layer in layers} if stored else {np.dtype(np.float32)}
+    made = dtype or functools.reduce(jnp.promote_types, kinds)
+    pair = adapter_paths(path, values.shapes) if merge else None
+    rows = []
+    for layer in layers if stored and values.trained_by(path) is None else (0,):
+        origin = values.origin(path, layer)
+        rule, sources = origin.rule, [origin.file]
+        if pair:
+            lora = values.experiment.lora
+            rule += f" + merged LoRA, {lora.alpha:g} / {lora.rank} * B A in float32"
+            sources += [values.origin(half, layer).file for half in pair]
+        whole = origin.whole or not values.is_stacked(path)
+        size = shape.shape if whole else values.shape(path)
+        named = text(path) if whole else f"{text(path)}[{layer}]"
+        rows.append(Tensor(origin.name, size, np.dtype(made), _no_values, named, rule, tuple(filter(None, sources))))
+    return rows
+
+
+def _no_values() -> np.ndarray:
+    raise ValueError("parameters of a run are written by Orbax, from their devices")
+
+
+def _own_config(experiment: Experiment, table: np.dtype, merge: bool) -> Experiment:
+    """The config of a run that needs no folder beside it."""
+    half = table.itemsize < 4
+    model = dataclasses.replace(
+        experiment.model,
+        base="",
+        adapter="",
+        tower_folder="",
+        tower_source="checkpoint",
+        tokenizer="",
+        dtype="bfloat16" if half else "float32",
+    )
+    lora = LoraConfig(rank=0) if merge or not experiment.lora.rank else experiment.lora
+    return dataclasses.replace(experiment, model=model, lora=lora, mesh=MeshConfig())
+
+
+def mesh_for(experiment: Experiment, asked: MeshConfig) -> Mesh:
+    """The mesh asked for; where none was, every parameter split over as many devices as divide it."""
+    if asked != MeshConfig() or jax.process_count() > 1:
+        return make_mesh(asked)
+    model, count = experiment.model, len(jax.devices())
+    ends = [model.decoder.width, model.decoder.mlp, model.decoder.heads * model.decoder.head_dim]
+    ends += [model.decoder.kv_heads * model.decoder.head_dim]
+    fsdp = math.gcd(count, *ends)
+    return make_mesh(MeshConfig(data=1, fsdp=fsdp), jax.devices()[:fsdp])
+
+
+def write_native(plan: Plan, folder: str, asked: MeshConfig) -> None:
+    """Config, tokenizer and checkpoint into `folder`, which all processes see. Together on all of them."""
+    mesh = mesh_for(plan.source, asked)
+    if is_first():
+        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+            file.write(to_json(plan.experiment))
+        _write_tokenizer(plan.source, os.path.join(folder, "tokenizer"))
+        os.makedirs(os.path.join(folder, STEP, "meta"))
+        with open(os.path.join(folder, STEP, "meta", "metadata"), "w", encoding="utf-8") as file:
+            json.dump(_meta(plan.experiment), file)
+    barrier("folder of the converted model")
+    with jax.set_mesh(mesh):
+        values = _values(plan, mesh)
+        _save(os.path.join(folder, STEP, "trainable"), values)
+
+
+def _meta(experiment: Experiment) -> dict[str, Any]:
+    """What `manager.read_meta` finds of a model that was never trained here."""
+    settings = {"config": to_dict(experiment), "encoder": experiment.visual.encoder}
+    return {"step": 0, "total_steps": 0, "complete": True, "base": "", "base_fingerprint": "", "data": ""} | settings
+
+
+def _write_tokenizer(experiment: Experiment, folder: str) -> None:
+    source = tokenizer_folder(experiment)
+    if source:
+        Tokenizer.from_folder(source, experiment.model.added_tokens, experiment.model.pad_token).save(folder)
+
+
+def _values(plan: Plan, mesh: Mesh) -> dict[str, jax.Array]:
+    """{path: array} of the whole model, adapters merged where the plan's config has none."""
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    data = dataclasses.replace(plan.source.data, batch=rows, microbatches=1, buckets=(2 * mesh.shape["context"],))
+    source = dataclasses.replace(plan.source, data=data)  # no batch is at issue
+    model = blueprint(source, mesh)
+    dtypes = {tensor.ours.partition("[")[0]: tensor.dtype for tensor in plan.tensors}
+    leaves: Leaves = {}
+    for path, leaf in (flatten(model.trainable) | flatten(model.frozen)).items():
+        leaves[path] = jax.ShapeDtypeStruct(leaf.shape, dtypes.get(text(path), np.float32), sharding=leaf.sharding)
+    values = materialise(source, leaves, complete=True)
+    if source.lora.rank and not plan.experiment.lora.rank:
+        _merge(values, Adapter(source.lora.rank, source.lora.alpha))
+    return {text(path): value for path, value in values.items()}
+
+
+def _merge(values: Leaves, adapter: Adapter) -> None:
+    """W + scale * B A in float32, a layer at a time, in place of W."""
+    for path in list(values):
+        if pair := adapter_paths(path, values):
+            weight = values[path]
+            values[path] = _merger(weight.sharding, adapter.scale)(weight, *(values[half] for half in pair))
+    for path in [path for path in values if path[-1] in ("lora_a", "lora_b")]:
+        del values[path]
+
+
+@functools.lru_cache(maxsize=16)
+def _merger(sharding: NamedSharding, scale: float):
+    def merge(weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        a, b = reshard(a, unsplit_axis(sharding.spec, -2)), reshard(b, unsplit_axis(sharding.spec, -1))
+        with jax.default_matmul_precision("highest"):
+            return jax.lax.map(lambda layer: merged_weight(*layer, scale), (weights, a, b))
+
+    return jax.jit(merge, out_shardings=sharding, donate_argnums=0)
+
+
+def _save(path: str, values: dict[str, jax.Array]) -> None:
+    """By Orbax, in chunks that another mesh can read a part of; about as much on its way at a time as the largest takes."""
+    _check_finite(values)
+    largest = max(array.nbytes for array in values.values())
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1 + math.ceil(largest / _GIGABYTE))
+    chunks = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in values}
+    try:
+        with contextlib.closing(ocp.Checkpointer(handler)) as writer:
+            writer.save(os.path.abspath(path), args=ocp.args.PyTreeSave(item=values, save_args=chunks))
+    except Exception as error:
+        raise manager.disk_error(error, os.path.dirname(os.path.dirname(path))) from error
+
+
+@jax.jit
+def _finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
+
+
+def _check_finite(values: dict[str, jax.Array]) -> None:
+    """Files' values are tested as they are read; a merge, or another dtype, can still make infinities."""
+    bad = [name for name, array in values.items() if jnp.issubdtype(array.dtype, jnp.floating) and not bool(_finite(array))]
+    if bad:
+        raise UserError(f"{', '.join(bad)}: values that are not finite in this dtype; give another --dtype, or sound weights")
