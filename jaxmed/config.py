@@ -262,9 +262,9 @@ class DataConfig:
     embeddings: str = ""
     """Folder of .npz tokens, one file a volume."""
     volumes: str = ""
-    """Folder of NIfTI volumes (preview shows their slices)."""
+    """Folder of volumes: prepared .npy (visual.kind volumes), NIfTI (slices); beside token files NIfTI that preview shows."""
     images: str = ""
-    """Folder of 2-D images."""
+    """Folder of 2-D images (visual.kind pixels)."""
     batch: int = 8
     """Rows of one optimizer step over all devices."""
     microbatches: int = 1
