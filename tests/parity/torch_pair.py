@@ -1,4 +1,4 @@
-"""A tiny torch LLaMA and jaxmed's model with the same weights, and rows of a batch in plain lists.
+"""A tiny torch LLaMA, Mistral or Phi-3 and jaxmed's model with the same weights, and rows of a batch in plain lists.
 
 Weights are copied here by a few lines of their own, so that the conversion table is not tested with itself.
 """
@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from flax import nnx
 from jax.sharding import NamedSharding
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+)
 
 from jaxmed.config import DecoderConfig, Experiment, LoraConfig, MeshConfig, ModelConfig, RopeConfig, TrainConfig, VisualConfig
 from jaxmed.models.decoder import padded_vocab
@@ -56,7 +64,7 @@ BASE = DecoderConfig(
 )
 
 
-def torch_llama(decoder: DecoderConfig, seed: int = 3) -> LlamaForCausalLM:
+def torch_llama(decoder: DecoderConfig, seed: int = 3) -> PreTrainedModel:
     """With transformers' own modules, float32, norms and biases that are not trivial."""
     sizes = {
         "vocab_size": decoder.vocab,
@@ -72,18 +80,22 @@ def torch_llama(decoder: DecoderConfig, seed: int = 3) -> LlamaForCausalLM:
         "initializer_range": decoder.initializer_range,
         "attn_implementation": "eager",
     }
-    rope = {"rope_type": "default", "rope_theta": decoder.rope.theta}
+    rope: dict[str, Any] = {"rope_type": decoder.rope.scaling.replace("none", "default"), "rope_theta": decoder.rope.theta}
     if decoder.rope.scaling == "llama3":
         r = decoder.rope
         rope |= {
-            "rope_type": "llama3",
             "factor": r.factor,
             "low_freq_factor": r.low_freq_factor,
             "high_freq_factor": r.high_freq_factor,
             "original_max_position_embeddings": r.original_positions,
         }
     torch.manual_seed(seed)
-    if decoder.window:
+    if decoder.fused:
+        if decoder.rope.scaling == "longrope":
+            rope |= {"short_factor": list(decoder.rope.short_factors), "long_factor": list(decoder.rope.long_factors)}
+        sizes |= {"original_max_position_embeddings": decoder.rope.original_positions, "pad_token_id": 0}
+        model = Phi3ForCausalLM(Phi3Config(**sizes, sliding_window=decoder.window or None, rope_parameters=rope))
+    elif decoder.window:
         model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=decoder.window, rope_parameters=rope))
     else:
         model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=rope))
@@ -100,13 +112,15 @@ def torch_llama(decoder: DecoderConfig, seed: int = 3) -> LlamaForCausalLM:
     return model.float().eval()
 
 
-def decoder_params(model: LlamaForCausalLM, decoder: DecoderConfig, added: int = 0) -> dict[str, Any]:
+def decoder_params(model: PreTrainedModel, decoder: DecoderConfig, added: int = 0) -> dict[str, Any]:
     """The model's tensors (or, from `.grad`s, their gradients) as jaxmed's nested dict."""
     return decoder_tree({name: array(p) for name, p in model.named_parameters()}, decoder, added)
 
 
 def decoder_tree(tensors: dict[str, jax.Array], decoder: DecoderConfig, added: int = 0) -> dict[str, Any]:
     rows = padded_vocab(decoder.vocab + added)
+    if decoder.fused:
+        tensors = taken_apart(tensors, decoder)
 
     def table(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, rows - x.shape[0]), (0, 0)))
@@ -131,6 +145,24 @@ def decoder_tree(tensors: dict[str, jax.Array], decoder: DecoderConfig, added: i
     if not decoder.tied:
         tree["head"] = {"weight": table(tensors["lm_head.weight"])}
     return tree
+
+
+def taken_apart(tensors: dict[str, jax.Array], decoder: DecoderConfig) -> dict[str, jax.Array]:
+    """Phi-3's fused matrices as the matrices of LLaMA; of adapters, B."""
+    heads, kv_heads = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    parts = {"qkv_proj": {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}}
+    parts["gate_up_proj"] = {"gate_proj": decoder.mlp, "up_proj": decoder.mlp}
+    found = {}
+    for name, x in tensors.items():
+        fused = next((part for part in parts if f".{part}." in name and "lora_A" not in name), "")
+        at = 0
+        for part, size in parts[fused].items() if fused else ():
+            found[name.replace(fused, part)] = x[at : at + size]
+            at += size
+        if not fused:
+            found[name] = x
+        assert at in (0, x.shape[0])
+    return found
 
 
 def text_experiment(decoder: DecoderConfig, **changes: Any) -> Experiment:

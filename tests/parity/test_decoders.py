@@ -1,6 +1,7 @@
-"""The decoder against transformers' LLaMA and Mistral: hidden states, logits, loss, gradients of every weight."""
+"""The decoder against transformers' LLaMA, Mistral and Phi-3: hidden states, logits, loss, gradients of every weight."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,15 @@ from torch_pair import (
 
 from jaxmed.config import RopeConfig
 
+LONGROPE = RopeConfig(
+    123.0,
+    "longrope",
+    original_positions=14,
+    short_factors=(1.0, 1.25, 2.5),
+    long_factors=(3.0, 7.0, 29.0),
+    attention_factor=math.sqrt(1 + math.log(90 / 14) / math.log(14)),
+)
+"""The rows below have 19 and 12 positions: one of each list, in one batch"""
 CASES = {
     "gqa": BASE,
     "llama3_rope": dataclasses.replace(
@@ -33,6 +43,8 @@ CASES = {
     "tied_mha": dataclasses.replace(BASE, heads=3, kv_heads=3, tied=True, norm_eps=0.02, vocab=256),
     "qkv_bias": dataclasses.replace(BASE, qkv_bias=True, heads=6, kv_heads=2, rope=RopeConfig(1e6)),
     "window": dataclasses.replace(BASE, window=5, layers=3),
+    "phi3": dataclasses.replace(BASE, window=7, fused=True, head_dim=4),
+    "longrope": dataclasses.replace(BASE, width=54, fused=True, max_positions=90, rope=LONGROPE),
 }
 LENGTHS, TOTAL = (19, 12), 21
 
