@@ -32,7 +32,8 @@ class Batch:
     labels: Array
     """[B, M] int32, those tokens (0 where none)"""
     images: Array
-    """[B, I, N, C] float32 embeddings, or [B, I, N'] uint32 codes before merging; I = 0 for text alone"""
+    """by kind: embeddings [B, I, N, C] float32, codes [B, I, N'] uint32 before merging, pixels [B, I, H, W, 3], volumes
+    [B, I, D, H, W, 1], slices [B, I, S, H, W], all float32; I = 0 for text alone"""
     image_token_mask: Array
     """[B, I, N] bool, which of the N tokens exist"""
     image_grid: Array
