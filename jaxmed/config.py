@@ -284,7 +284,7 @@ class DataConfig:
     max_length: int = 0
     """Tokens, image places included, after which a sample is cut, as upstream does (0: too long a sample is refused)."""
     pad_id: int = -1
-    """With the template `m3d`: id with which rows are filled up to `max_length` where the fusion reads padding (-1: the tokenizer's)."""
+    """With the template `m3d`: id that fills rows up to `max_length` where the fusion reads padding (-1: the tokenizer's)."""
     splice: Literal["offset", "placeholders"] = "offset"
     """With the template `m3d`: image tokens go to positions 1, 2, ... whatever is there (upstream), or to the placeholders."""
     missing_image_token: Literal["refuse", "prepend", "text_only"] = "refuse"
