@@ -1,9 +1,10 @@
-"""The experiments that folders of whole vision-language models describe, and upstream's LoRA folders over them.
+"""The experiments that folders describe: whole vision-language models, upstream's LoRA folders over them, language models.
 
     resolve_folder(kind, folder, base, tower, overrides) -> (experiment, notices)
 
 All that files say is read from them; what none says is the published default, and a notice names it. Upstream's: LLaVA,
-LLaVA-Med and TinyLLaVA (`llava`), transformers' Llava (`llava_hf`); M3D-LaMed (`lamed`) and SAMF (`samf`) are in `m3d_folders`.
+LLaVA-Med and TinyLLaVA (`llava`), transformers' Llava (`llava_hf`); M3D-LaMed (`lamed`) and SAMF (`samf`) are in `m3d_folders`,
+BTB3D's LoRA folders and plain PEFT adapters in `folders`.
 """
 
 import os
@@ -24,7 +25,7 @@ from jaxmed.checkpoint.folder_parts import (
     pixels_of,
     visual_config,
 )
-from jaxmed.checkpoint.folders import added_tokens, base_of, check_same_model, llava_experiment, lora_config
+from jaxmed.checkpoint.folders import added_tokens, base_of, check_same_model, llava_experiment, lora_config, peft_experiment
 from jaxmed.checkpoint.hf_config import decoder_config, decoder_of, read_config
 from jaxmed.checkpoint.hf_io import open_folder
 from jaxmed.checkpoint.m3d_folders import m3d_experiment
@@ -83,7 +84,26 @@ def resolve_folder(
     if kind in _MAKERS:
         return _MAKERS[kind](folder, base, tower, given)
     hint = "give it as the tower (--tower)" if kind in ("tower", "m3d_clip") else "go on from it with --model.adapter"
-    raise UserError(f"{folder}: is {KINDS[kind]}, which is no whole vision-language model; {hint}")
+    raise UserError(f"{folder}: is {KINDS[kind]}, which is no whole model; {hint}")
+
+
+def _language_model(folder: str, base: str, tower: str, given: Given) -> Found:
+    """Text alone."""
+    _no_tower(folder, tower)
+    model = ModelConfig(decoder=decoder_of(folder), base=folder)
+    return Experiment(model=model, visual=VisualConfig(kind="none", images=0, tokens=0), lora=LoraConfig(rank=0)), []
+
+
+def _peft(folder: str, base: str, tower: str, given: Given) -> Found:
+    """A PEFT adapter over a language model."""
+    _no_tower(folder, tower)
+    base = base or base_of(folder, json_of(folder, "adapter_config.json"))
+    return peft_experiment(folder, base, Experiment(model=ModelConfig(decoder=decoder_of(base)))), []
+
+
+def _no_tower(folder: str, tower: str) -> None:
+    if tower:
+        raise UserError(f"tower {tower!r}: {folder} is a model without an image tower; leave it out")
 
 
 # -- LLaVA, LLaVA-Med, TinyLLaVA ---------------------------------------------------------------------------------------------
@@ -166,8 +186,7 @@ def _llava_lora(folder: str, base: str, tower: str, given: Given) -> Found:
     base = base or base_of(folder, adapter)
     kind = detect_base(base)
     if _reads_tokens(config) and kind not in WHOLE:
-        if tower:
-            raise UserError(f"tower {tower!r}: this model reads image tokens from files and has no tower; leave it out")
+        _no_tower(folder, tower)
         return llava_experiment(folder, base, Experiment(model=ModelConfig(decoder=decoder_of(base)))), []
     source = Source(folder, _as_llava(config), where, open_folder(folder))
     if kind in WHOLE:
@@ -198,6 +217,8 @@ def _reads_tokens(config: Mapping[str, Any]) -> bool:
 
 
 _MAKERS: dict[FolderKind, Callable[[str, str, str, Given], Found]] = {
+    "hf": _language_model,
+    "peft": _peft,
     "llava": _llava,
     "llava_hf": _llava_hf,
     "llava_lora": _llava_lora,

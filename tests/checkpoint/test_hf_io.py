@@ -229,3 +229,18 @@ def test_no_more_is_read_than_asked_for(tmp_path):
     piece = open_folder(str(tmp_path)).read("vast", np.s_[1_000_000:1_000_007, 10:20])
     assert piece.shape == (7, 10) and piece[3, 7] == 2.5 and piece.sum() == 2.5
     assert len(base_fingerprint(str(tmp_path))) == 64
+
+
+def test_bin_files_of_m3d_and_samf(tmp_path):
+    """Whole models and a tower without safetensors beside them; a single file of any name; several of which are a question."""
+    (tmp_path / "rng_state_0.pth").write_bytes(b"cos\nsystem\n")
+    refused(tmp_path, "no weight file", "model_with_lora.bin")
+    torch.save({"step": torch.full((2,), 20.0)}, tmp_path / "model_with_lora_20.bin")
+    assert open_folder(str(tmp_path)).names() == ["step"]
+    torch.save({"step": torch.full((2,), 40.0)}, tmp_path / "model_with_lora_40.bin")
+    refused(tmp_path, "model_with_lora_20.bin, model_with_lora_40.bin", "keep the one")
+    for name in ("pretrained_ViT.bin", "model_with_lora.bin", "merged_model.bin"):  # the later the stronger
+        torch.save({name: torch.ones(2)}, tmp_path / name)
+        assert open_folder(str(tmp_path)).names() == [name]
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert open_folder(str(tmp_path)).names() == ["a"]
