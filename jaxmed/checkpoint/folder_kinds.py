@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxmed.checkpoint.decoder_tables import EMBED
 from jaxmed.checkpoint.hf_config import FAMILIES, read_config
-from jaxmed.checkpoint.hf_io import open_folder, read_json, weight_files
+from jaxmed.checkpoint.hf_io import open_folder, weight_files
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.projector_tables import FUSION, PROJECTOR
 from jaxmed.checkpoint.tower_config import FAMILIES as TOWERS
@@ -145,9 +145,3 @@ def _of_tensors(path: str, has_config: bool) -> FolderKind:
         return "tower"
     what = "config.json has no model_type" if has_config else "there is no config.json"
     raise UserError(f"{path}: {what}, and the tensors are no image tower's; copy the model's config.json there")
-
-
-def model_type_of(path: str) -> str:
-    """config.json's model_type, "" where there is none."""
-    file = os.path.join(path, "config.json")
-    return str(read_json(file).get("model_type", "")) if os.path.exists(file) else ""

@@ -1,18 +1,16 @@
 """Every folder is known by its files, whatever it is called; what is unknown is refused with what is known."""
 
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from golden_folders import GOLDEN, copy_of, edit
 from safetensors.torch import load_file, save_file
 
 from jaxmed.checkpoint.folder_kinds import KINDS, detect, detect_base
 from jaxmed.errors import UserError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = {
     "mistral_llava/llava_mistral_base": "llava",
     "mistral_llava/llava_mistral_short": "llava",
@@ -28,18 +26,6 @@ FOLDERS = {
     "samf/samf_lora": "samf",
     "samf/ao2d_merged": "samf",
 }
-
-
-def copy_of(name: str, to: Path) -> Path:
-    to.mkdir()
-    for file in (GOLDEN / name).iterdir():
-        shutil.copyfile(file, to / file.name)
-    return to
-
-
-def edit(path: Path, **changes) -> None:
-    content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value != "absent"}))
 
 
 @pytest.mark.parametrize("name", FOLDERS)

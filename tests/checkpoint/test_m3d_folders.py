@@ -1,0 +1,145 @@
+"""M3D-LaMed's and SAMF's folders, merged and as training leaves them, give the golden cases' sizes and say what they assume."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from golden_folders import GOLDEN, case, check_tensors, copy_of, edit, resolve
+
+from jaxmed.checkpoint.multimodal_folders import OVERRIDES
+from jaxmed.config import LORA_TARGETS, replace_field
+from jaxmed.errors import UserError
+
+
+@pytest.mark.parametrize("name", ["lamed_merged", "lamed_lora"])
+def test_lamed(name):
+    about, path = case("vit3d"), str(GOLDEN / "vit3d" / name)
+    lora = name == "lamed_lora"
+    experiment, notices = resolve(path, "vit3d/base" if lora else "")
+    model, decoder, tower = experiment.model, experiment.model.decoder, experiment.model.tower
+    vit, llm = about["vit"], about["llm"]
+    assert (tower.kind, list(tower.image), list(tower.patch), list(tower.grid)) == (
+        "vit3d",
+        vit["image_size"],
+        vit["patch_size"],
+        vit["grid"],
+    )
+    assert (tower.width, tower.mlp, tower.layers, tower.heads) == (36, vit["mlp_dim"], vit["num_layers"], 12)
+    assert (tower.final_norm, tower.select_layer, tower.qkv_bias, tower.channels) == (True, -1, False, 1)
+    assert (decoder.width, decoder.layers, decoder.heads, decoder.kv_heads) == (48, 2, 6, llm["num_key_value_heads"])
+    assert (decoder.vocab, decoder.surplus, decoder.rope.theta) == (llm["resized_vocab_size"], 0, llm["rope_theta"])
+    projector = model.projector
+    assert (projector.kind, projector.spp_pooling, projector.spp_size) == ("spp", "spatial", 2)
+    assert (projector.spp_head, projector.spp_depth) == ("mlp", 2)
+    assert experiment.image_tokens == about["image_tokens"]
+    visual = experiment.visual
+    assert (visual.kind, visual.tokens, visual.features, visual.grid) == ("volumes", 168, 36, (4, 6, 7))
+    assert visual.volume == tuple(vit["image_size"])
+    assert (model.base, model.adapter, model.tokenizer, model.added_tokens, model.fusion.kind) == (path, "", "", (), "none")
+    data, train = experiment.data, experiment.train
+    assert (data.template, data.max_length, data.pad_id) == ("m3d", 512, -1)
+    assert train.train_tower and train.trainable == ("adapter" if lora else "all")
+    assert (train.train_embed_tokens, train.train_head) == (lora, lora)
+    assert experiment.lora.rank == (about["runs"]["lora"]["lora_r"] if lora else 0)
+    assert "vision: heads 12 assumed (no file says); --set vision.heads=N says otherwise" in notices
+    if lora:
+        assert (experiment.lora.alpha, experiment.lora.targets) == (32.0, LORA_TARGETS)
+        assert any("alpha 32 assumed" in notice for notice in notices)
+        assert model.end_ids == (174,)
+    assert check_tensors(experiment) == {}
+
+
+def test_what_was_said_is_not_assumed():
+    experiment, notices = resolve("vit3d/lamed_lora", **{"vision.heads": 3, "lora.alpha": 15})
+    assert experiment.model.tower.heads == 3 and notices == []
+    assert experiment.lora.alpha == 32.0  # set by the caller, with everything else
+    experiment, notices = resolve("samf/samf_lora", **{"slice_encoder.heads": 5, "aggregator.heads": 8, "lora.alpha": 15})
+    assert experiment.model.tower.heads == 5 and notices == []
+    for name, field in OVERRIDES.items():
+        assert replace_field(experiment, field, 4 if "heads" in name else 3) != experiment
+
+
+@pytest.mark.parametrize("name", ["samf_merged", "samf_lora", "ao2d_merged"])
+def test_samf(name):
+    about, path = case("samf"), str(GOLDEN / "samf" / name)
+    system = name.split("_")[0]
+    sizes, lora = about["sizes"][system], name == "samf_lora"
+    heads = {"vision.heads": sizes["dino"]["num_heads"]} if system == "samf" else {}
+    experiment, notices = resolve(path, "samf/base" if lora else "", **heads)
+    model, decoder, tower = experiment.model, experiment.model.decoder, experiment.model.tower
+    dino, aggregator, fusion, llm = (sizes[part] for part in ("dino", "aggregator", "fusion", "llm"))
+    assert (tower.kind, tower.width, tower.layers, tower.heads) == (
+        "dino",
+        dino["embed_dim"],
+        dino["depth"],
+        dino["num_heads"],
+    )
+    assert (tower.mlp, tower.image, tower.patch) == (dino["embed_dim"] * 2.5, (224, 224), (16, 16))
+    assert (tower.select_feature, tower.select_layer, tower.final_norm) == ("cls", -1, True)
+    assert model.projector.kind == "aggregator"
+    assert (model.aggregator.layers, model.aggregator.heads) == (aggregator["layers"], aggregator["heads"])
+    assert (model.aggregator.mlp, model.aggregator.features) == (aggregator["ffn"], aggregator["volume_dim"])
+    assert (model.fusion.kind, model.fusion.width, model.fusion.tokens) == (system, fusion["d_proj"], fusion["tokens"])
+    assert (decoder.width, decoder.heads, decoder.kv_heads, decoder.mlp) == (
+        llm["hidden_size"],
+        llm["num_attention_heads"],
+        llm["num_key_value_heads"],
+        llm["intermediate_size"],
+    )
+    assert (decoder.vocab, decoder.fused, decoder.window) == (llm["vocab_size"], True, 2047)
+    visual = experiment.visual
+    assert (visual.kind, visual.slices, visual.tokens, visual.grid) == ("slices", 24, 24, (24, 1, 1))
+    assert (visual.features, visual.pixels.shortest, visual.pixels.crop) == (dino["embed_dim"], 224, 224)
+    assert experiment.image_tokens == 256
+    data, train = experiment.data, experiment.train
+    assert (data.template, data.max_length, data.pad_id) == ("m3d", 512, about["end_ids"][system][0])
+    assert train.train_tower and train.trainable == ("adapter" if lora else "all")
+    assert (train.train_embed_tokens, train.train_head) == (lora, lora)
+    assert experiment.lora.rank == (about["lora"]["samf"]["r"] if lora else 0)
+    assert list(model.end_ids) == (about["end_ids"]["samf"] if lora else [])
+    assert any("aggregator: 8 heads assumed" in notice for notice in notices)
+    assert any("vision: heads 1 assumed" in notice for notice in notices) == (system == "ao2d")
+    assert check_tensors(experiment) == {}
+
+
+def test_heads_that_cannot_be_guessed():
+    with pytest.raises(UserError, match=r"12 do not divide its width 40.*heads"):
+        resolve("samf/samf_merged")
+
+
+def test_state_dict_as_training_leaves_it(tmp_path):
+    """model_with_lora.bin alone: config, tokenizer and end ids are the base's, and training added its tokens to them."""
+    folder = tmp_path / "output"
+    folder.mkdir()
+    shutil.copyfile(GOLDEN / "samf/samf_lora/model_with_lora.bin", folder / "model_with_lora_20.bin")
+    with pytest.raises(UserError, match=r"no config\.json.*--base"):
+        resolve(folder, **{"vision.heads": 5})
+    base = str(GOLDEN / "samf/base")
+    experiment, notices = resolve(folder, base, **{"vision.heads": 5})
+    whole, _ = resolve("samf/samf_lora", base, **{"vision.heads": 5})
+    decoder = dataclasses.replace(whole.model.decoder, vocab=353)
+    tokens = ("<im_patch>", "<bx_start>", "<bx_end>")
+    model = dataclasses.replace(whole.model, base=str(folder), tokenizer=base, decoder=decoder, added_tokens=tokens)
+    assert experiment == dataclasses.replace(whole, model=model)
+    assert any("no config.json" in notice for notice in notices)
+    check_tensors(experiment)
+    other = copy_of("samf/base", tmp_path / "other")
+    edit(other / "config.json", rms_norm_eps=1e-6)
+    with pytest.raises(UserError, match=r"was not trained on the base .*norm_eps 1e-05 against 1e-06.*--base"):
+        resolve("samf/samf_lora", str(other), **{"vision.heads": 5})
+
+
+def test_adapters_of_several_ranks(tmp_path):
+    folder = copy_of("vit3d/lamed_lora", tmp_path / "x")
+    tensors = torch.load(folder / "model_with_lora.bin")
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.default.weight"
+    torch.save(tensors | {name: tensors[name][:4]}, folder / "model_with_lora.bin")
+    with pytest.raises(UserError, match=r"ranks \[4, 6\]"):
+        resolve(folder)
+    stray = {"base_model.model.lm_head.lora_A.default.weight": torch.zeros(6, 48)}
+    torch.save(tensors | stray, folder / "model_with_lora.bin")
+    with pytest.raises(UserError, match="adapters of lm_head"):
+        resolve(folder)
+    torch.save({n: t for n, t in tensors.items() if ".mlp.up_proj.lora" not in n}, folder / "model_with_lora.bin")
+    assert resolve(folder)[0].lora.targets == tuple(t for t in LORA_TARGETS if t != "up")
