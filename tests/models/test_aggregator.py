@@ -58,7 +58,7 @@ def compare(volumes: int, slices: int) -> None:
     all_close(written("aggregator", aggregator_rows(CONFIG, WIDTH), d_params), named_grads(module, PROJECTOR))
 
 
-@pytest.mark.parametrize("slices", [1, 5, 24])
+@pytest.mark.parametrize("slices", [1, 24])
 def test_outputs_and_gradients_are_those_of_torch(slices):
     with jax.set_mesh(mesh_of(1, 1, 1, 1)):
         compare(2, slices)
@@ -87,13 +87,13 @@ def test_dropout_is_the_same_on_every_mesh_and_another_for_another_volume():
     torch.manual_seed(0)
     module = TorchAggregator(CONFIG, WIDTH)
     outs = []
-    for shape in ((1, 1, 1, 1), (2, 2, 1, 2)):
+    for shape in ((2, 2, 1, 2), (1, 1, 1, 1)):
         with jax.set_mesh(mesh_of(*shape)):
-            graphdef, params = ours_from(module)
-            bits = placed(np.asarray([11, 12, 13, 14], np.uint32))
-            run = jax.jit(lambda p, x, bits, graphdef=graphdef: nnx.merge(graphdef, p)(x, RULES, bits))
-            outs.append(np.asarray(run(params, placed(x), bits)))
-            plain = np.asarray(jax.jit(lambda p, x, graphdef=graphdef: nnx.merge(graphdef, p)(x, RULES))(params, placed(x)))
+            aggregator = nnx.merge(*ours_from(module))
+            run = jax.jit(lambda x, bits, aggregator=aggregator: aggregator(x, RULES, bits))
+            outs.append(np.asarray(run(placed(x), placed(np.asarray([11, 12, 13, 14], np.uint32)))))
+    with jax.set_mesh(mesh_of(1, 1, 1, 1)):
+        plain = np.asarray(jax.jit(lambda x: aggregator(x, RULES))(placed(x)))
     np.testing.assert_allclose(outs[0], outs[1], atol=1e-5)
     assert np.abs(outs[0][3] - outs[0][0]).max() > 1e-2
     np.testing.assert_allclose(plain[3], plain[0], atol=1e-5)
