@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from small_runs import run_from_scratch
+from small_runs import run_from_scratch, save_run
 from tiny_llama import decoder_abstract
 from tiny_phi3 import LONGROPE, SIZES, save_phi3
 from transformers import AutoModelForCausalLM, Phi3Config
@@ -24,7 +24,7 @@ from jaxmed.checkpoint.hf_config import decoder_of
 from jaxmed.checkpoint.hf_io import open_folder
 from jaxmed.checkpoint.load import read_params
 from jaxmed.checkpoint.names import PEFT_PREFIX
-from jaxmed.config import LoraConfig, RopeConfig
+from jaxmed.config import Experiment, LoraConfig, MeshConfig, ModelConfig, RopeConfig, TrainConfig, VisualConfig
 from jaxmed.errors import UserError
 
 MODULES = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -32,7 +32,7 @@ MODULES = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 def convert(source: Path, to: str, out: Path, base: str = "", **overrides) -> Path:
     experiment = resolve(str(source), base, "float32", overrides)
-    write_export(plan_export(experiment, to, ""), str(source), str(out), 5 * 10**9, lambda text: None)
+    write_export(plan_export(experiment, to, ""), str(source), str(out), 5 * 10**9, MeshConfig(), lambda text: None)
     return out
 
 
@@ -156,7 +156,26 @@ def test_adapter_of_a_part_of_the_modules(base, tmp_path):
     assert_bits_equal(convert(tmp_path / "adapter", "peft", tmp_path / "back", str(base)), tmp_path / "adapter")
     with pytest.raises(UserError, match="gate of gate, up, which are one matrix"):
         convert(tmp_path / "adapter", "peft", tmp_path / "never", str(base), **{"lora.targets": ("gate",)})
-    assert LoraConfig().targets == LORA_TARGETS
+
+
+def test_run_with_adapters_is_the_same_model_everywhere(base, tmp_path):
+    """Loaded here, as PEFT's adapter over the base, and merged."""
+    experiment = Experiment(
+        model=ModelConfig(decoder=decoder_of(str(base)), base=str(base), dtype="float32"),
+        visual=VisualConfig(kind="none", images=0, tokens=0),
+        lora=LoraConfig(rank=3, alpha=0.7, dropout=0.0),
+        train=TrainConfig(steps=1),
+    )
+    saved = save_run(tmp_path / "run", experiment)
+    assert saved["decoder/blocks/attn/qkv/lora_a"].shape == (2, 3, 60) and "decoder/blocks/attn/q/lora_a" not in saved
+    ids = np.random.default_rng(3).integers(3, 331, (1, 19))
+    ours = jaxmed.load(str(tmp_path / "run"), dtype="float32").logits([None], [ids[0]])[0]
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    assert np.abs(logits(plain, 19) - ours).max() > 0.1
+    adapted = peft.PeftModel.from_pretrained(plain, convert(tmp_path / "run", "peft", tmp_path / "peft"))
+    np.testing.assert_allclose(logits(adapted, 19), ours, atol=2e-4)
+    merged = AutoModelForCausalLM.from_pretrained(convert(tmp_path / "run", "hf", tmp_path / "hf"))
+    np.testing.assert_allclose(logits(merged, 19), ours, atol=2e-4)
 
 
 def test_model_trained_from_scratch(tmp_path):
