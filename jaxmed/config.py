@@ -379,6 +379,10 @@ class Experiment:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     encode: EncodeConfig = EncodeConfig()
 
+    def __post_init__(self):
+        packed = self.data.pack and self.model.fusion.kind != "none"
+        require(not packed, "data.pack: the fusion reads its row's whole text, so a row holds one sample; switch data.pack off")
+
     @property
     def image_tokens(self) -> int:
         """Places that one image takes in the text at most: its tokens, or the pool's queries."""

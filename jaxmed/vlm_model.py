@@ -313,8 +313,7 @@ class Model:
             if not gradients:
                 total, count = jax.jit(objective.evaluate)(trainable, frozen, placed)
                 return Result(loss=float(total / count), token_count=int(count))
-            sample = dataclasses.replace(self.experiment, lora=dataclasses.replace(self.experiment.lora, dropout=0.0))
-            objective = dataclasses.replace(objective, experiment=sample)
+            objective = dataclasses.replace(objective, experiment=without_dropout(self.experiment))
             metrics, grads = jax.jit(objective.value_and_grad)(trainable, frozen, placed, jax.random.key(0))
             named = export_names(grads, self.experiment)
         return Result(loss=float(metrics.loss), token_count=int(metrics.supervised_tokens), gradients=named)
@@ -340,6 +339,11 @@ class Model:
         """Trainable and frozen parameters, adapters apart."""
         with jax.set_mesh(self.mesh):
             return start(self._plan)
+
+
+def without_dropout(experiment: Experiment) -> Experiment:
+    model = dataclasses.replace(experiment.model, aggregator=dataclasses.replace(experiment.model.aggregator, dropout=0.0))
+    return dataclasses.replace(experiment, model=model, lora=dataclasses.replace(experiment.lora, dropout=0.0))
 
 
 def _same_number(images: Sequence[Any], prompts: Sequence[Any]) -> None:

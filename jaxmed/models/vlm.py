@@ -18,7 +18,7 @@ from jaxmed.models.fusion import Fusion
 from jaxmed.models.projector import Projector
 from jaxmed.models.vit import Vit
 from jaxmed.nn.attention import Layout
-from jaxmed.nn.dropout import Dropout
+from jaxmed.nn.dropout import Draws, mix
 from jaxmed.sharding import Rules
 from jaxmed.types import Batch
 
@@ -47,13 +47,14 @@ class Vlm(nnx.Module):
     def has_images(self) -> bool:
         return self.visual.kind != "none"
 
-    def __call__(self, batch: Batch, rules: Rules, dropout: Dropout | None) -> jax.Array:
+    def __call__(self, batch: Batch, rules: Rules, draws: Draws | None) -> jax.Array:
         """-> hidden states after the final norm [B, T, D]"""
         layout = Layout(batch.order, self.chunk)
-        h = self.embed(batch, rules)
-        return self.decoder(h, batch.positions, batch.segment_ids, layout, rules, self.remat, dropout)
+        tokens, samples = (draws.tokens, draws.samples) if draws is not None else (None, None)
+        h = self.embed(batch, rules, samples)
+        return self.decoder(h, batch.positions, batch.segment_ids, layout, rules, self.remat, tokens)
 
-    def embed(self, batch: Batch, rules: Rules) -> jax.Array:
+    def embed(self, batch: Batch, rules: Rules, samples: jax.Array | None = None) -> jax.Array:
         """Text embeddings with the image tokens in their places, [B, T, D]."""
         h = self.decoder.embed(batch.tokens, rules, jnp.dtype(self.dtype))
         if not self.has_images or batch.images.shape[1] == 0:
@@ -61,7 +62,7 @@ class Vlm(nnx.Module):
         features = self.features(batch, rules)
         if self.model.fusion.kind != "none":
             # one vector an image, whatever the place
-            fused = self.fused(features, h, batch, rules)
+            fused = self.fused(features, h, batch, rules, samples)
             index = jnp.where(batch.image_index >= 0, batch.image_index // self.model.fusion.tokens, -1)
             tokens = gather_tokens(fused[:, :, None], index, rules)
         elif self.projector.position_wise:
@@ -84,7 +85,7 @@ class Vlm(nnx.Module):
     def tower_features(self, images: jax.Array, rules: Rules) -> jax.Array:
         """pixels [B, I, H, W, 3], volumes [B, I, D, H, W, 1] or slices [B, I, S, H, W] -> the tower's tokens [B, I, N, C]"""
         x = self.tower_inputs(images, rules)
-        y = self.tower(x, rules)
+        y = self.tower(x, rules, self.remat)
         row = rules.spec("batch", None, None, None)
         return y.reshape(*images.shape[:2], -1, y.shape[-1], out_sharding=row)
 
@@ -96,15 +97,22 @@ class Vlm(nnx.Module):
         inner = x.shape[-(len(self.model.tower.image) + 1) :]
         return x.reshape(-1, *inner, out_sharding=rules.spec("batch", *[None] * len(inner)))
 
-    def fused(self, slices: jax.Array, text: jax.Array, batch: Batch, rules: Rules) -> jax.Array:
+    def fused(
+        self, slices: jax.Array, text: jax.Array, batch: Batch, rules: Rules, samples: jax.Array | None = None
+    ) -> jax.Array:
         """slices [B, I, S, C], text [B, T, D] -> [B, I, D]"""
-        return self.fusion(self.volume_features(slices, rules), slices, text, self.text_mask(batch, rules), rules)
+        volumes = self.volume_features(slices, rules, samples)
+        return self.fusion(volumes, slices, text, self.text_mask(batch, rules), rules)
 
-    def volume_features(self, slices: jax.Array, rules: Rules) -> jax.Array:
-        """[B, I, S, C] -> [B, I, F]"""
+    def volume_features(self, slices: jax.Array, rules: Rules, samples: jax.Array | None = None) -> jax.Array:
+        """[B, I, S, C] -> [B, I, F]; `samples` [B] as in Draws"""
         batch, images, count, width = slices.shape
         flat = slices.reshape(-1, count, width, out_sharding=rules.spec("batch", None, None))
-        return self.aggregator(flat, rules).reshape(batch, images, -1, out_sharding=rules.spec("batch", None, None))
+        bits = None
+        if samples is not None:
+            image = jnp.arange(images, dtype=jnp.uint32)
+            bits = mix(samples[:, None] ^ mix(image)[None]).reshape(-1, out_sharding=rules.spec("batch"))
+        return self.aggregator(flat, rules, bits).reshape(batch, images, -1, out_sharding=rules.spec("batch", None, None))
 
     def text_mask(self, batch: Batch, rules: Rules) -> jax.Array:
         """[B, T] bool: the text that the fusion reads."""

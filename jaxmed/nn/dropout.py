@@ -48,3 +48,25 @@ class Dropout:
         bits = mix(self.bits[..., None] ^ (feature * jnp.uint32(0x165667B1)))
         keep = bits >= jnp.uint32(round(self.rate * 2**32))
         return jnp.where(keep, x / (1.0 - self.rate), 0.0).astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """What a training step draws; None where nothing is dropped."""
+
+    tokens: Dropout | None
+    """Of the adapters' inputs"""
+    samples: jax.Array | None
+    """[B] uint32, one hash a row, for what works on a sample's image"""
+
+    @staticmethod
+    def of_step(key: jax.Array, segment_ids: jax.Array, positions: jax.Array, adapter_rate: float, images: bool) -> "Draws":
+        """key: folded with the step; segment_ids and positions [B, T]; `images`: whether samples' images are drawn for, with
+        one sample a row."""
+        tokens = Dropout.for_tokens(key, segment_ids, positions, adapter_rate) if adapter_rate else None
+        if not images:
+            return Draws(tokens, None)
+        words = jax.random.key_data(key).astype(jnp.uint32)
+        sample = jnp.max(segment_ids, axis=1).astype(jnp.uint32)
+        return Draws(tokens, mix(mix(sample * jnp.uint32(0x9E3779B1) + words[1]) ^ words[0]))

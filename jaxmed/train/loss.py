@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 from jaxmed.models.vlm import Vlm
 from jaxmed.nn.attention import chunk_length
-from jaxmed.nn.dropout import Dropout
+from jaxmed.nn.dropout import Draws
 from jaxmed.sharding import Rules
 from jaxmed.types import Batch
 
 
-def token_losses(model: Vlm, batch: Batch, rules: Rules, dropout: Dropout | None, chunk: int) -> tuple[jax.Array, jax.Array]:
+def token_losses(model: Vlm, batch: Batch, rules: Rules, draws: Draws | None, chunk: int) -> tuple[jax.Array, jax.Array]:
     """-> summed negative log-likelihood of each row [B] float32, and each row's count of supervised tokens [B] int32"""
-    hidden = model(batch, rules, dropout)
+    hidden = model(batch, rules, draws)
     picked = pick_positions(hidden, batch.supervised, rules)
     valid = batch.supervised >= 0
     table = model.decoder.head_table(rules)

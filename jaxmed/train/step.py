@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from jaxmed.config import Experiment
-from jaxmed.nn.dropout import Dropout
+from jaxmed.nn.dropout import Draws
 from jaxmed.sharding import Rules, split_rows
 from jaxmed.train.loss import token_losses
 from jaxmed.train.optim import Path, clip
@@ -57,10 +57,12 @@ class TokenCrossEntropy:
 
     def _sums(self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(self.graphdef, trainable, frozen)
-        rate, dropout = self.experiment.lora.dropout if self.experiment.lora.rank else 0.0, None
-        if rate and key is not None:
-            dropout = Dropout.for_tokens(key, batch.segment_ids, batch.positions, rate)
-        return token_losses(model, batch, self.rules, dropout, self.experiment.train.loss_chunk)
+        draws, config = None, self.experiment
+        if key is not None:
+            rate = config.lora.dropout if config.lora.rank else 0.0
+            images = config.model.fusion.kind != "none" and config.model.aggregator.dropout > 0
+            draws = Draws.of_step(key, batch.segment_ids, batch.positions, rate, images)
+        return token_losses(model, batch, self.rules, draws, config.train.loss_chunk)
 
     def evaluate(self, trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         rows, counts = self._sums(trainable, frozen, batch, None)
