@@ -83,8 +83,7 @@ def tower_config(
     `patch`, `full` is `cls_patch`). DINO gives its class token and a SigLIP folder the output before the last block,
     whatever they say, as SAMF and TinyLLaVA have it. `heads`: the count where no file says it (0: the published default).
     """
-    feature = {"default": "patch", "full": "cls_patch"}.get(select_feature, select_feature)
-    select = _Selection(select_layer, feature)
+    select = _Selection(select_layer, select_feature)
     kind, inner = _kind(config, where, tensors)
     try:
         if kind in ("clip", "siglip"):
@@ -171,12 +170,17 @@ def _hf(config: dict[str, Any], where: str, kind: str, select: _Selection, alone
 def _selected(config: TowerConfig, select: _Selection, alone: bool) -> TowerConfig:
     """`config` with the layer and the tokens that upstream takes from a tower of its kind."""
     if config.kind == "siglip":
+        if select.feature == "default":
+            raise ConfigError(
+                "vision_feature_select_strategy 'default' drops the first token, which in SigLIP is a patch; 'full' is supported"
+            )
         layer = -2 if alone else select.layer
         return replace(config, select_layer=_from_the_end(layer, config), select_feature="patch")
+    feature = {"default": "patch", "full": "cls_patch"}.get(select.feature, select.feature)
     known = get_args(TowerConfig.__dataclass_fields__["select_feature"].type)
-    if select.feature not in known:
+    if feature not in known:
         raise ConfigError(f"the selected feature is {select.feature!r}; known are {', '.join(known)}")
-    return replace(config, select_layer=_from_the_end(select.layer, config), select_feature=select.feature)
+    return replace(config, select_layer=_from_the_end(select.layer, config), select_feature=feature)
 
 
 def _from_the_end(layer: int, config: TowerConfig) -> int:
