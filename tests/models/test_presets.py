@@ -9,8 +9,9 @@ import torch
 from flax import nnx
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Phi3Config, PreTrainedConfig
 
-from jaxmed.checkpoint.decoder_tables import decoder_rows
+from jaxmed.checkpoint.decoder_tables import decoder_rows, lora_rows
 from jaxmed.checkpoint.hf_config import decoder_config
+from jaxmed.checkpoint.row import LAYER
 from jaxmed.config import DecoderConfig, LoraConfig
 from jaxmed.models.decoder import Decoder, padded_vocab
 from jaxmed.models.presets import DECODERS
@@ -69,8 +70,8 @@ def published(name: str) -> PreTrainedConfig:
     return CONFIGS[fields["model_type"]](**{key: value for key, value in fields.items() if key != "model_type"})
 
 
-def shapes_of(decoder: DecoderConfig) -> dict:
-    build = jax.eval_shape(lambda: Decoder(decoder, LoraConfig(rank=0), 0, jax.random.key(0), split=False))
+def shapes_of(decoder: DecoderConfig, lora: LoraConfig) -> dict:
+    build = jax.eval_shape(lambda: Decoder(decoder, lora, 0, jax.random.key(0), split=False))
     return {("decoder", *path): leaf for path, leaf in flatten(nnx.to_pure_dict(nnx.state(build))).items()}
 
 
@@ -80,8 +81,8 @@ def test_every_tensor_of_the_published_model(name):
     assert decoder_config(config.to_dict(), "config.json") == decoder
     with torch.device("meta"):
         theirs = {key: tuple(p.shape) for key, p in AutoModelForCausalLM.from_config(config).named_parameters()}
-    ours, filled = shapes_of(decoder), dict.fromkeys(theirs, 0)
-    places = {tuple(part for part in row.ours if part != "{layer}"): row for row in decoder_rows(decoder) if row.ours}
+    ours, filled = shapes_of(decoder, LoraConfig(rank=0)), dict.fromkeys(theirs, 0)
+    places = {tuple(part for part in row.ours if part != LAYER): row for row in decoder_rows(decoder) if row.ours}
     assert places.keys() == ours.keys()
     for path, row in places.items():
         shape = ours[path].shape[1:] if row.layers else ours[path].shape
@@ -93,3 +94,13 @@ def test_every_tensor_of_the_published_model(name):
     assert sum(filled.values()) == COUNTS[name]
     tables = [ours[path].shape for path in ours if path[-1] == "table" or path[1] == "head"]
     assert set(tables) == {(padded_vocab(decoder.vocab), decoder.width)} and len(tables) == 2 - decoder.tied
+
+
+@pytest.mark.parametrize(("name", "rank", "count"), [("phi3_mini_4k", 16, 25_165_824), ("mistral_7b", 8, 20_971_520)])
+def test_adapters_of_every_projection(name, rank, count):
+    """Phi-3's fused matrices have one A each."""
+    leaves = shapes_of(DECODERS[name], LoraConfig(rank=rank))
+    adapters = {path: math.prod(x.shape) for path, x in leaves.items() if path[-1] in ("lora_a", "lora_b")}
+    assert sum(adapters.values()) == count
+    rows = {tuple(part for part in row.ours if part != LAYER) for row in lora_rows(LoraConfig(rank=rank), DECODERS[name])}
+    assert rows == adapters.keys()
