@@ -3,8 +3,8 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import jax
@@ -16,7 +16,7 @@ from jaxmed.cli import common
 from jaxmed.config import Experiment, MeshConfig
 from jaxmed.data.conversation import reading_of
 from jaxmed.data.inputs import FOLDERS, input_folder
-from jaxmed.data.records import Record, load_records, where
+from jaxmed.data.records import Reading, Record, load_records, where
 from jaxmed.errors import UserError
 
 HELP = "Write reports and answers for a data set"
@@ -104,7 +104,7 @@ def run(argv: list[str]) -> int:
     mesh = make_mesh(args.mesh, jax.local_devices())
     overrides = common.settings(args.set) | ({"visual.pixels.pad_grey": True} if "pad_grey" in defects else {})
     model = load(args.folder, args.base, args.tower, mesh, args.dtype, overrides)
-    records, problems = load_records(args.records, reading_of(model.experiment, frozenset(defects)))
+    records, problems = load_records(args.records, _reading(model.experiment, defects))
     template = args.template or model.experiment.data.template
     request = Request(
         args.records,
@@ -135,6 +135,12 @@ def run(argv: list[str]) -> int:
     complete = finish(journal, [record for record in usable if where(record) not in bad])
     _report(args, problems, complete)
     return 0
+
+
+def _reading(experiment: Experiment, defects: Collection[str]) -> Reading:
+    """Upstream's scripts for 2-D images show the image whether or not the question names its place."""
+    reading = reading_of(experiment, frozenset(defects))
+    return replace(reading, missing_image_token="prepend") if experiment.visual.kind == "pixels" else reading
 
 
 def _folder(args: Args, experiment: Experiment) -> str:
