@@ -172,7 +172,7 @@ def _selected(config: TowerConfig, select: _Selection, alone: bool) -> TowerConf
     if config.kind == "siglip":
         if select.feature == "default":
             raise ConfigError(
-                "vision_feature_select_strategy 'default' drops the first token, which in SigLIP is a patch; 'full' is supported"
+                "vision_feature_select_strategy 'default' drops the first token, a patch in SigLIP; 'full' is supported"
             )
         layer = -2 if alone else select.layer
         return replace(config, select_layer=_from_the_end(layer, config), select_feature="patch")

@@ -74,7 +74,7 @@ def test_siglip_of_its_own_folder_ignores_the_selected_layer():
     assert read(SO400M.to_dict(), layer=-1, feature="cls_patch").config == SIGLIP_SO400M_384
     whole = read(LlavaConfig(vision_config=SO400M).to_dict(), layer=-1, feature="full").config
     assert whole == dataclasses.replace(SIGLIP_SO400M_384, select_layer=-1)
-    with pytest.raises(UserError, match="drops the first token, which in SigLIP is a patch"):
+    with pytest.raises(UserError, match="drops the first token, a patch in SigLIP"):
         read(LlavaConfig(vision_config=SO400M).to_dict(), feature="default")
 
 
