@@ -1,6 +1,7 @@
 """Towers alone, and M3D-CLIP: what `jaxmed.load` returns for folders without a language model.
 
-Axis letters: M images, N tokens of an image, C features of a token, L blocks, P width of the shared space, T text.
+Axis letters: M images, N tokens of an image, C features of a token, L blocks, P width of the shared space, T text, W width of
+the text encoder.
 """
 
 import functools
@@ -136,6 +137,11 @@ class ContrastiveModel(TowerModel):
         found = np.asarray(self.apply(_encode_text, ids, mask))[: len(texts)]
         return list(found if tokens else found[:, 0])
 
+    def text_hidden(self, texts: Sequence[str], max_length: int = 0) -> list[np.ndarray]:
+        """What the text encoder gives, before the projection: [T, W] float32 a text, padding included."""
+        found = self.apply(_text_hidden, *self.text_ids(texts, max_length))
+        return list(np.asarray(found, np.float32)[: len(texts)])
+
     def text_ids(self, texts: Sequence[str], max_length: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask (1 text, 0 padding), both [texts, max_length] int32."""
         return self.tokenizer.encode_batch(list(texts), max_length or self.folder.text.positions)
@@ -173,6 +179,10 @@ def _encode_image(model: Contrastive, rules: Rules, x: jax.Array) -> jax.Array:
 
 def _encode_text(model: Contrastive, rules: Rules, ids: jax.Array, mask: jax.Array) -> jax.Array:
     return model.encode_text(ids, mask, rules, model.text.words.dtype)
+
+
+def _text_hidden(model: Contrastive, rules: Rules, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    return model.text(ids, mask, rules, model.text.words.dtype)
 
 
 def encoder_model(folder: str, mesh: Mesh | None, dtype: str, overrides: Mapping[str, Any]) -> TowerModel:

@@ -89,6 +89,9 @@ class DecoderConfig:
     """Standard deviation of freshly initialised weights."""
     surplus: int = 0
     """Rows of the base's tables after `vocab`, which no token of its tokenizer has; they are left out."""
+    padding_row: int = -1
+    """Row of the embedding table that lookups give no gradient, as torch has it (`pad_token_id` of the config); -1: none.
+    Phi-3's padding is an end token of answers, too."""
 
     def __post_init__(self):
         require(self.surplus >= 0, f"decoder.surplus is {self.surplus}; it must not be negative")

@@ -9,7 +9,7 @@ S slices, F features of a volume.
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ from jaxmed.data.tokenizer import IGNORE, Tokenizer
 from jaxmed.errors import UserError
 from jaxmed.generate import features
 from jaxmed.generate.engine import Engine, Limits
-from jaxmed.generate.prompts import Prompt, bucket_of, check, left_padded, put
+from jaxmed.generate.prompts import Prompt, bucket_of, check, left_padded, prompt_of_ids, put
 from jaxmed.generate.sampling import Sampling
 from jaxmed.generate.scheduler import Scheduler, Task, run_all
 from jaxmed.generate.training_rows import training_batch
@@ -115,7 +115,9 @@ class Model:
         several = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
         images = tuple(self.read(i) for i in several)
         if isinstance(prompt, np.ndarray):
-            made = Prompt(prompt.astype(np.int32), images)
+            made = prompt_of_ids(
+                prompt.astype(np.int32), images, self.tokenizer, template or self.experiment.data.template, self.options
+            )
         else:
             made = self.conversation(_turns(prompt, len(images)), images, template)
         check(made, self.experiment, "prompt")
@@ -292,8 +294,9 @@ class Model:
         template: str = "",
         embeddings: str = "",
     ) -> Result:
-        """Mean loss over the supervised tokens of `records`, without dropout: `loss`, `token_count`, and with `gradients`
-        {upstream's tensor name: float32 array} of the trainable half.
+        """Mean loss over the supervised tokens of `records`, without dropout: `loss`, `token_count`, `token_accuracy` (how many
+        of these tokens have the largest logit), and with `gradients` {upstream's tensor name: float32 array} of the trainable
+        half.
 
         An image is a path, or a name in `folder` (default: the run's folder of token files, images or volumes); `embeddings`
         is another name for it.
@@ -303,20 +306,30 @@ class Model:
         images = [tuple(self._record_image(i, folder) for i in record.images) for _, record in pairs]
         examples = [example for example, _ in pairs]
         if not any((e.labels != IGNORE).any() for e in examples):
-            zero = Result(loss=0.0, token_count=0)
+            zero = Result(loss=0.0, token_count=0, token_accuracy=0.0)
             return Result(zero, gradients=self._zero_gradients()) if gradients else zero
         batch = training_batch(examples, images, self.rows, 2 * dict(self.mesh.shape)["context"], self.experiment)
         with jax.set_mesh(self.mesh):
             trainable, frozen = self._halves
-            objective = TokenCrossEntropy(self._plan.graphdef, self._plan.rules, self.experiment)
             placed = put(dataclasses.replace(batch, order="any"), self.mesh, self._plan.rules)
             if not gradients:
-                total, count = jax.jit(objective.evaluate)(trainable, frozen, placed)
-                return Result(loss=float(total / count), token_count=int(count))
-            objective = dataclasses.replace(objective, experiment=without_dropout(self.experiment))
-            metrics, grads = jax.jit(objective.value_and_grad)(trainable, frozen, placed, jax.random.key(0))
+                total, count, right = self._totals(trainable, frozen, placed)
+                return _loss_of(total / count, count, right)
+            metrics, grads = self._value_and_grad(trainable, frozen, placed, jax.random.key(0))
             named = export_names(grads, self.experiment)
-        return Result(loss=float(metrics.loss), token_count=int(metrics.supervised_tokens), gradients=named)
+        return Result(_loss_of(metrics.loss, metrics.supervised_tokens, metrics.right), gradients=named)
+
+    @functools.cached_property
+    def _objective(self) -> TokenCrossEntropy:
+        return TokenCrossEntropy(self._plan.graphdef, self._plan.rules, without_dropout(self.experiment))
+
+    @functools.cached_property
+    def _totals(self) -> Callable[..., Any]:
+        return jax.jit(self._objective.totals)
+
+    @functools.cached_property
+    def _value_and_grad(self) -> Callable[..., Any]:
+        return jax.jit(self._objective.value_and_grad)
 
     def _record_image(self, image: str, folder: str) -> VisualInput:
         """A path that exists, by itself or after the path rule of token files, else a name in the folder."""
@@ -344,6 +357,10 @@ class Model:
 def without_dropout(experiment: Experiment) -> Experiment:
     model = dataclasses.replace(experiment.model, aggregator=dataclasses.replace(experiment.model.aggregator, dropout=0.0))
     return dataclasses.replace(experiment, model=model, lora=dataclasses.replace(experiment.lora, dropout=0.0))
+
+
+def _loss_of(mean: jax.Array, count: jax.Array, right: jax.Array) -> Result:
+    return Result(loss=float(mean), token_count=int(count), token_accuracy=int(right) / int(count))
 
 
 def _same_number(images: Sequence[Any], prompts: Sequence[Any]) -> None:

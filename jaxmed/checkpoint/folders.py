@@ -91,7 +91,7 @@ def base_of(folder: str, adapter: dict[str, Any]) -> str:
 
 def check_same_model(base: DecoderConfig, adapter: DecoderConfig, base_folder: str, folder: str) -> None:
     """The adapter's config repeats its base's; another base would load without an error where the sizes happen to agree."""
-    free = ("vocab", "surplus", "max_positions", "initializer_range")
+    free = ("vocab", "surplus", "max_positions", "initializer_range", "padding_row")
     fields = [field.name for field in dataclasses.fields(DecoderConfig) if field.name not in free]
     other = [name for name in fields if getattr(base, name) != getattr(adapter, name)]
     if other:

@@ -142,8 +142,9 @@ def _decoder(
             f"{where}: hidden_size {width} is no multiple of num_attention_heads {heads}, and head_dim is not given"
         )
     head_dim = _number(config, "head_dim", where, width // heads)
+    vocab, padding = _number(config, "vocab_size", where), _number(config, "pad_token_id", where, -1)
     return DecoderConfig(
-        vocab=_number(config, "vocab_size", where),
+        vocab=vocab,
         width=width,
         layers=_number(config, "num_hidden_layers", where),
         heads=heads,
@@ -155,6 +156,7 @@ def _decoder(
         max_positions=_number(config, "max_position_embeddings", where, max_positions),
         tied=bool(config.get("tie_word_embeddings", False)),
         initializer_range=_number(config, "initializer_range", where, 0.02),
+        padding_row=padding if 0 <= padding < vocab else -1,
         **more,
     )
 

@@ -13,10 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxmed.config import Experiment
-from jaxmed.data.examples import Example
+from jaxmed.data.conversation import find_template
+from jaxmed.data.examples import Example, TextOptions
 from jaxmed.data.inputs import TOKEN_KINDS, VisualInput, image_array_shape, token_count
+from jaxmed.data.placeholders import PLACEHOLDER, image_start
 from jaxmed.data.rows import splice
-from jaxmed.data.tokenizer import IGNORE, IMAGE_ID
+from jaxmed.data.tokenizer import IGNORE, IMAGE_ID, Tokenizer
 from jaxmed.errors import UserError
 from jaxmed.sharding import Rules, batch_specs, to_shardings
 from jaxmed.types import Batch
@@ -38,6 +40,16 @@ class Prompt:
     def image_places(self) -> int:
         """Places for images that the text names."""
         return len(self.images) if self.image_start >= 0 else int((self.ids == IMAGE_ID).sum())
+
+
+def prompt_of_ids(
+    ids: np.ndarray, images: tuple[VisualInput, ...], tokenizer: Tokenizer, template: str, options: TextOptions
+) -> Prompt:
+    """A prompt that is tokenised already: IMAGE_ID for an image, or (template `m3d`) for each of its placeholders."""
+    if not images or find_template(template).mask != "m3d":
+        return Prompt(ids, images)
+    ids = np.where(ids == IMAGE_ID, tokenizer.token_id(PLACEHOLDER), ids).astype(np.int32)
+    return Prompt(ids, images, image_start(ids, len(images), tokenizer, options))
 
 
 def places(image: VisualInput, experiment: Experiment) -> int:

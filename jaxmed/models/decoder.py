@@ -42,7 +42,7 @@ class Embedding(nnx.Module):
         self.table = normal(key_table, (rows, config.width), config.initializer_range, ("vocab", "embed"))
         if added:
             self.added = normal(key_added, (added, config.width), config.initializer_range, (None, "embed"))
-        self.base_rows, self.added_rows = config.vocab, added
+        self.base_rows, self.added_rows, self.padding_row = config.vocab, added, config.padding_row
 
     def __call__(self, tokens: jax.Array, rules: Rules, dtype: jnp.dtype) -> jax.Array:
         """tokens [B, T] -> [B, T, D]. Each tensor shard looks up its own rows of the table; the sum over shards is the row."""
@@ -55,6 +55,8 @@ class Embedding(nnx.Module):
             table = gathered(self.added, rules).astype(dtype)
             overlay = table.at[jnp.clip(place, 0, self.added_rows - 1)].get(out_sharding=out)
             h = jnp.where(is_added[..., None], overlay, h)
+        if self.padding_row >= 0:
+            h = jnp.where((tokens == self.padding_row)[..., None], jax.lax.stop_gradient(h), h)
         return h
 
 

@@ -65,6 +65,7 @@ PHI3_MINI_4K = DecoderConfig(
     max_positions=4096,
     window=2047,
     fused=True,
+    padding_row=32000,
 )
 """The 128k model has factors of rope that differ between its revisions; its folder's config.json has the right ones"""
 TINY = DecoderConfig(

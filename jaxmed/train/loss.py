@@ -16,8 +16,9 @@ from jaxmed.sharding import Rules
 from jaxmed.types import Batch
 
 
-def token_losses(model: Vlm, batch: Batch, rules: Rules, draws: Draws | None, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """-> summed negative log-likelihood of each row [B] float32, and each row's count of supervised tokens [B] int32"""
+def token_losses(model: Vlm, batch: Batch, rules: Rules, draws: Draws | None, chunk: int) -> tuple[jax.Array, ...]:
+    """-> of each row [B]: summed negative log-likelihood float32, count of supervised tokens int32, and how many of them have
+    the largest logit int32"""
     hidden = model(batch, rules, draws)
     picked = pick_positions(hidden, batch.supervised, rules)
     valid = batch.supervised >= 0
@@ -33,17 +34,19 @@ def token_losses(model: Vlm, batch: Batch, rules: Rules, draws: Draws | None, ch
     by_chunk = rules.spec("batch", None, None)
     pieces = cut(picked, rules.spec("batch", None, None, None)), cut(batch.labels, by_chunk), cut(valid, by_chunk)
 
-    def add(total: jax.Array, piece: tuple) -> tuple[jax.Array, None]:
+    def add(sums: tuple[jax.Array, jax.Array], piece: tuple) -> tuple[tuple[jax.Array, jax.Array], None]:
+        total, right = sums
         hidden, labels, valid = piece
         logits = model.decoder.logits(hidden, rules, None, table)
         column = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2, out_sharding=rules.spec(None, None, "vocab"))
         wanted = jnp.sum(jnp.where(column == labels[..., None], logits, 0.0), axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - wanted
-        return total + jnp.sum(jnp.where(valid, nll, 0.0), axis=-1), None
+        first = valid & (wanted >= jnp.max(logits, axis=-1))
+        return (total + jnp.sum(jnp.where(valid, nll, 0.0), axis=-1), right + jnp.sum(first, axis=-1, dtype=jnp.int32)), None
 
-    start = jnp.zeros((rows,), jnp.float32, out_sharding=rules.spec("batch"))
-    total, _ = jax.lax.scan(jax.checkpoint(add), start, pieces)
-    return total, jnp.sum(valid, axis=-1, dtype=jnp.int32)
+    start = tuple(jnp.zeros((rows,), dtype, out_sharding=rules.spec("batch")) for dtype in (jnp.float32, jnp.int32))
+    (total, right), _ = jax.lax.scan(jax.checkpoint(add), start, pieces)
+    return total, jnp.sum(valid, axis=-1, dtype=jnp.int32), right
 
 
 def pick_positions(hidden: jax.Array, at: jax.Array, rules: Rules) -> jax.Array:

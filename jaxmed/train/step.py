@@ -35,6 +35,8 @@ class Metrics:
     """[] int32"""
     row_loss: jax.Array
     """[B] float32, summed over each row's supervised tokens: names the sample behind a NaN"""
+    right: jax.Array
+    """[] int32, supervised tokens that have the largest logit"""
 
 
 class Objective(Protocol):
@@ -55,7 +57,8 @@ class TokenCrossEntropy:
     rules: Rules
     experiment: Experiment
 
-    def _sums(self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def _sums(self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, ...]:
+        """Of each row [B]: summed loss, supervised tokens, those with the largest logit."""
         model = nnx.merge(self.graphdef, trainable, frozen)
         draws, config = None, self.experiment
         if key is not None:
@@ -65,32 +68,36 @@ class TokenCrossEntropy:
         return token_losses(model, batch, self.rules, draws, config.train.loss_chunk)
 
     def evaluate(self, trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        rows, counts = self._sums(trainable, frozen, batch, None)
-        return jnp.sum(rows), jnp.sum(counts)
+        return self.totals(trainable, frozen, batch)[:2]
+
+    def totals(self, trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, ...]:
+        """Summed loss [] float32, supervised tokens [] int32, those with the largest logit [] int32; without dropout."""
+        loss, count, right = (jnp.sum(x) for x in self._sums(trainable, frozen, batch, None))
+        return loss, count, right
 
     def value_and_grad(self, trainable: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Metrics, Any]:
         pieces = self.experiment.data.microbatches
         by_token = self.experiment.train.loss_reduction == "token"
         total_count = jnp.maximum(jnp.sum(batch.supervised >= 0), 1)
 
-        def loss(trainable: Any, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            rows, counts = self._sums(trainable, frozen, batch, key)
+        def loss(trainable: Any, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+            rows, counts, right = self._sums(trainable, frozen, batch, key)
             divisor = total_count if by_token else jnp.maximum(jnp.sum(counts), 1) * pieces
-            return jnp.sum(rows) / divisor, (rows, jnp.sum(counts))
+            return jnp.sum(rows) / divisor, (rows, jnp.sum(counts), jnp.sum(right))
 
         grad = jax.value_and_grad(loss, has_aux=True)
         if pieces == 1:
-            (value, (rows, count)), grads = grad(trainable, batch)
-            return Metrics(value, jnp.float32(0), count, rows), grads
+            (value, (rows, count, right)), grads = grad(trainable, batch)
+            return Metrics(value, jnp.float32(0), count, rows, right), grads
 
-        def add(carry: tuple, piece: Batch) -> tuple[tuple, jax.Array]:
-            value, count, grads = carry
-            (v, (rows, c)), g = grad(trainable, piece)
-            return (value + v, count + c, jax.tree.map(jnp.add, grads, g)), rows
+        def add(sums: tuple, piece: Batch) -> tuple[tuple, jax.Array]:
+            (value, (rows, count, right)), grads = grad(trainable, piece)
+            return jax.tree.map(jnp.add, sums, (value, count, right, grads)), rows
 
-        start = (jnp.float32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, trainable))
-        (value, count, grads), rows = jax.lax.scan(add, start, microbatches(batch, pieces))
-        return Metrics(value, jnp.float32(0), count, rows.T.reshape(-1, out_sharding=self.rules.spec("batch"))), grads
+        start = (jnp.float32(0), jnp.int32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, trainable))
+        (value, count, right, grads), rows = jax.lax.scan(add, start, microbatches(batch, pieces))
+        by_row = rows.T.reshape(-1, out_sharding=self.rules.spec("batch"))
+        return Metrics(value, jnp.float32(0), count, by_row, right), grads
 
 
 def microbatches(batch: Batch, pieces: int) -> Batch:

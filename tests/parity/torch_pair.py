@@ -93,7 +93,7 @@ def torch_llama(decoder: DecoderConfig, seed: int = 3) -> PreTrainedModel:
     if decoder.fused:
         if decoder.rope.scaling == "longrope":
             rope |= {"short_factor": list(decoder.rope.short_factors), "long_factor": list(decoder.rope.long_factors)}
-        sizes |= {"original_max_position_embeddings": decoder.rope.original_positions, "pad_token_id": 0}
+        sizes |= {"original_max_position_embeddings": decoder.rope.original_positions, "pad_token_id": None}
         model = Phi3ForCausalLM(Phi3Config(**sizes, sliding_window=decoder.window or None, rope_parameters=rope))
     elif decoder.window:
         model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=decoder.window, rope_parameters=rope))
@@ -193,7 +193,7 @@ def run_model(experiment: Experiment, params: dict[str, Any], batch: Batch, trai
 
         def loss(trainable: Any, frozen: Any, batch: Batch) -> tuple:
             model = nnx.merge(graphdef, trainable, frozen)
-            sums, counts = token_losses(model, batch, RULES, None, 3)
+            sums, counts, _ = token_losses(model, batch, RULES, None, 3)
             hidden = model(batch, RULES, None)  # the same computation: the compiler keeps one
             return jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1), (hidden, model.decoder.logits(hidden, RULES, "length"))
 
