@@ -104,7 +104,9 @@ class _Planner:
                 ours = values.read(path, layer)
                 if pair:
                     ours = _merge(ours, *(values.read(half, layer) for half in pair), self.adapter)
-                theirs = row.transform.write(cast(ours, dtype), theirs)  # or joining two dtypes takes a wider array
+                if len(group) > 1:  # or joining two dtypes takes a wider array
+                    ours = cast(ours, dtype)
+                theirs = row.transform.write(ours, theirs)
             return theirs
 
         return Tensor(

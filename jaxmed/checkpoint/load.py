@@ -2,8 +2,8 @@
 
 First everything is matched by names, shapes and dtypes, strictly both ways: every tensor of the folders has a row or a reason
 to be ignored, every parameter of ours is filled; all offenders are told at once, before a value is read. Then each parameter
-is read in the pieces that this process's devices hold, a stacked one a few layers at a time, and what was read of a mapped file
-is given back: host memory beside the devices' never holds more than about one tensor of theirs.
+is read in the pieces that this process's devices hold, a large one some rows or layers at a time, and what was read of a file
+gives its pages back: host memory beside the devices' never holds more than about one tensor of theirs.
 """
 
 import math
@@ -175,16 +175,16 @@ def _places(row: Row, leaves: Mapping[Path, Any]) -> tuple[list[tuple[Path, list
 
 def _read_leaf(path: Path, leaf: Any, match: Match) -> jax.Array:
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    layer_bytes = math.prod(sharding.shard_shape(leaf.shape)[1:]) * leaf.dtype.itemsize * len(sharding.addressable_devices)
-    at_once = max(1, _PIECE_BYTES // max(layer_bytes, 1))
-    whole_layers = sharding.shard_shape(leaf.shape)[:1] == leaf.shape[:1]
-    if path in match.stacked and whole_layers and at_once < leaf.shape[0]:
-        return _read_layers(path, leaf, sharding, match, at_once)
+    whole = sharding.shard_shape(leaf.shape)
+    row_bytes = math.prod(whole[1:]) * leaf.dtype.itemsize * len(sharding.addressable_devices)
+    at_once = max(1, _PIECE_BYTES // max(row_bytes, 1))
+    if whole[:1] == leaf.shape[:1] and at_once < math.prod(leaf.shape[:1]):
+        return _read_rows(path, leaf, sharding, match, at_once)
     return _placed(path, leaf, leaf.shape, sharding, match, 0)
 
 
-def _read_layers(path: Path, leaf: Any, sharding: jax.sharding.Sharding, match: Match, at_once: int) -> jax.Array:
-    """A stacked parameter, `at_once` layers at a time into an array that lies on its devices from the start."""
+def _read_rows(path: Path, leaf: Any, sharding: jax.sharding.Sharding, match: Match, at_once: int) -> jax.Array:
+    """A parameter, `at_once` rows (or layers) at a time into an array that lies on its devices from the start."""
     array = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding)()
     put = jax.jit(
         lambda whole, part, first: jax.lax.dynamic_update_slice_in_dim(whole, part, first, 0),
@@ -202,24 +202,18 @@ def _read_layers(path: Path, leaf: Any, sharding: jax.sharding.Sharding, match: 
 def _placed(
     path: Path, leaf: Any, shape: tuple[int, ...], sharding: jax.sharding.Sharding, match: Match, first: int
 ) -> jax.Array:
-    """A parameter on its devices, or `shape` of its layers from `first` on."""
+    """A parameter on its devices, or `shape` of its rows from `first` on."""
     read: dict[Any, np.ndarray] = {}
-    stacked = path in match.stacked
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         if bounds not in read:  # copies of a shard on several devices are read once
-            moved = [
-                (start + first, stop + first) if stacked and not i else (start, stop) for i, (start, stop) in enumerate(bounds)
-            ]
-            read[bounds] = read_slice(match.filled[path], leaf.shape, leaf.dtype, tuple(slice(*b) for b in moved), stacked)
+            moved = [slice(start + (0 if i else first), stop + (0 if i else first)) for i, (start, stop) in enumerate(bounds)]
+            read[bounds] = read_slice(match.filled[path], leaf.shape, leaf.dtype, tuple(moved), path in match.stacked)
         return read[bounds]
 
     array = jax.make_array_from_callback(shape, sharding, piece, dtype=leaf.dtype)
-    array.block_until_ready()  # or the next parameters pile up in host memory
-    for source in match.filled[path]:
-        release(source.theirs)
-    return array
+    return array.block_until_ready()  # or the next parameters pile up in host memory
 
 
 def read_slice(
@@ -242,11 +236,13 @@ def _fill(out: np.ndarray, piece: Piece, shape: tuple[int, ...], index: tuple[sl
     rows = max(1, _PIECE_BYTES // 4 // max(out[:1].nbytes, 1)) if out.ndim else 0
     if not out.ndim or rows >= len(out):
         out[...] = piece.transform.read(piece.theirs, shape, index)
+        release(piece.theirs)
     else:
-        start = index[0].start
+        start = index[0].indices(shape[0])[0]
         for i in range(0, len(out), rows):
             stop = min(i + rows, len(out))
             out[i:stop] = piece.transform.read(piece.theirs, shape, (slice(start + i, start + stop), *index[1:]))
+            release(piece.theirs)
     if not is_finite(out):
         raise UserError(
             f"{piece.where}: holds NaN or infinite values; download the file again, or go back to an earlier checkpoint"
@@ -259,11 +255,15 @@ def export_names(tree: Any, experiment: Experiment) -> dict[str, np.ndarray]:
     With LoRA the names are PEFT's, without `.default`. Rows of added tokens alone (`embed/added` without the table) have no
     name upstream and are left out.
     """
+    return named_arrays(tree, experiment_rows(experiment), PEFT_PREFIX if experiment.lora.rank else "")
+
+
+def named_arrays(tree: Any, rows: Sequence[Row], prefix: str = "") -> dict[str, np.ndarray]:
+    """{`prefix` and canonical name: float32 array} of a tree with our parameters' paths."""
     leaves = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    prefix = PEFT_PREFIX if experiment.lora.rank else ""
     named: dict[str, np.ndarray] = {}
     used = set()
-    for row in experiment_rows(experiment):
+    for row in rows:
         places, stacked = _places(row, leaves)
         for path, names in places:
             if path not in leaves:

@@ -36,6 +36,8 @@ from jaxmed.train.init import Leaves, blueprint, flatten, materialise
 
 STEP = os.path.join(manager.FOLDER, "0")
 _CHUNK_BYTES = 1 << 26
+_FILE_BYTES = 1 << 28
+"""Written at once: Orbax's own 2 GB would all wait in memory"""
 _GIGABYTE = 10**9
 
 
@@ -105,10 +107,11 @@ def mesh_for(experiment: Experiment, asked: MeshConfig) -> Mesh:
     """The mesh asked for; where none was, every parameter split over as many devices as divide it."""
     if asked != MeshConfig() or jax.process_count() > 1:
         return make_mesh(asked)
-    model, count = experiment.model, len(jax.devices())
-    ends = [model.decoder.width, model.decoder.mlp, model.decoder.heads * model.decoder.head_dim]
-    ends += [model.decoder.kv_heads * model.decoder.head_dim]
-    fsdp = math.gcd(count, *ends)
+    decoder = experiment.model.decoder
+    ends = [decoder.width]
+    if experiment.lora.rank:
+        ends += [decoder.mlp, decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim]
+    fsdp = math.gcd(len(jax.devices()), *ends)
     return make_mesh(MeshConfig(data=1, fsdp=fsdp), jax.devices()[:fsdp])
 
 
@@ -180,11 +183,13 @@ def _save(path: str, values: dict[str, jax.Array]) -> None:
     """By Orbax, in chunks that another mesh can read a part of; about as much on its way at a time as the largest takes."""
     _check_finite(values)
     largest = max(array.nbytes for array in values.values())
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1 + math.ceil(largest / _GIGABYTE))
+    # weights hardly get smaller by compression, which would hold them twice
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1 + math.ceil(largest / _GIGABYTE), use_compression=False)
     chunks = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in values}
     try:
         with contextlib.closing(ocp.Checkpointer(handler)) as writer:
-            writer.save(os.path.abspath(path), args=ocp.args.PyTreeSave(item=values, save_args=chunks))
+            arguments = ocp.args.PyTreeSave(item=values, save_args=chunks, ocdbt_target_data_file_size=_FILE_BYTES)
+            writer.save(os.path.abspath(path), args=arguments)
     except Exception as error:
         raise manager.disk_error(error, os.path.dirname(os.path.dirname(path))) from error
 

@@ -7,7 +7,7 @@ memory at once.
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from jaxmed.checkpoint.hf_io import DTYPES, is_finite
 from jaxmed.errors import UserError
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_PIECE = 1 << 24
+"""Numbers that are cast, tested and written together"""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -40,18 +42,21 @@ class Tensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def data(self) -> np.ndarray:
-        """The values as they go into the file; those that are no numbers, or that its dtype cannot hold, are refused."""
+    def data(self) -> Iterator[memoryview]:
+        """The values as they go into the file, piece by piece; those that are no numbers, or that its dtype cannot hold, are
+        refused."""
         made = self.make()
         if made.shape != self.shape:
             raise ValueError(f"{self.name}: was planned as {self.shape}, is {made.shape}")
-        values = cast(made, self.dtype)
-        if not is_finite(values):
-            raise UserError(
-                f"{', '.join(self.sources)}: {self.name} has values that are not finite as {self.dtype}; "
-                "give another --dtype, or go back to sound weights"
-            )
-        return values
+        flat = np.ascontiguousarray(made).reshape(-1)
+        for start in range(0, flat.size, _PIECE):
+            values = cast(flat[start : start + _PIECE], self.dtype)
+            if not is_finite(values):
+                raise UserError(
+                    f"{', '.join(self.sources)}: {self.name} has values that are not finite as {self.dtype}; "
+                    "give another --dtype, or go back to sound weights"
+                )
+            yield values.view(np.uint8).data
 
 
 def cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -86,7 +91,8 @@ def write_safetensors(path: str, tensors: Sequence[Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            file.write(tensor.data().reshape(-1).view(np.uint8).data)
+            for piece in tensor.data():
+                file.write(piece)
 
 
 def shards(tensors: Sequence[Tensor], shard_size: int) -> list[list[Tensor]]:

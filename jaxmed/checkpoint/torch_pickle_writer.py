@@ -8,7 +8,7 @@ and `jaxmed.checkpoint.torch_pickle` read it.
 import os
 import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -25,23 +25,25 @@ def save_bin(path: str, tensors: Sequence[Tensor]) -> None:
     """A file for `torch.load`: a dict of contiguous CPU tensors, in the order given."""
     stem = os.path.basename(path).partition(".")[0]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        _add(archive, f"{stem}/data.pkl", _pickle(tensors))
-        _add(archive, f"{stem}/byteorder", b"little")
+        pickle = _pickle(tensors)
+        _add(archive, f"{stem}/data.pkl", [pickle], len(pickle))
+        _add(archive, f"{stem}/byteorder", [b"little"], 6)
         for key, tensor in enumerate(tensors):
-            _add(archive, f"{stem}/data/{key}", tensor.data().reshape(-1).view(np.uint8).data)
-        _add(archive, f"{stem}/version", b"3\n")
+            _add(archive, f"{stem}/data/{key}", tensor.data(), tensor.nbytes)
+        _add(archive, f"{stem}/version", [b"3\n"], 2)
 
 
-def _add(archive: zipfile.ZipFile, name: str, data: bytes | memoryview) -> None:
-    """One record; an extra field before it pads its data to the alignment, as torch's own writer does."""
+def _add(archive: zipfile.ZipFile, name: str, pieces: Iterable[bytes | memoryview], size: int) -> None:
+    """One record of `size` bytes; an extra field before it pads its data to the alignment, as torch's own writer does."""
     info = zipfile.ZipInfo(name, _DATE)
-    info.file_size = len(data)
-    large = len(data) * 1.05 > zipfile.ZIP64_LIMIT  # zipfile then adds a field of its own
+    info.file_size = size
+    large = size * 1.05 > zipfile.ZIP64_LIMIT  # zipfile then adds a field of its own
     begin = archive.fp.tell() + _LOCAL_HEADER + len(name.encode()) + (_ZIP64_EXTRA if large else 0) + 4
     padding = -begin % _ALIGNMENT
     info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
     with archive.open(info, "w", force_zip64=large) as record:
-        record.write(data)
+        for piece in pieces:
+            record.write(piece)
 
 
 def _pickle(tensors: Sequence[Tensor]) -> bytes:
