@@ -227,3 +227,31 @@ def test_dino_positions_are_resized_as_its_own_code_does(size):
     graphdef, params = tower_pair(model, config, TOWER_PREFIX)
     want = model.positions(*size, (size[0] // 7) * (size[1] // 7))[0].detach()
     close(nnx.merge(graphdef, params).position_table(size, RULES), want, 1e-6)
+
+
+def fill(shape: tuple[int, ...], h: int) -> np.ndarray:
+    """Numbers from -0.5 to 0.5 that need no generator: a hash of the flat index and of `h`."""
+    i = np.arange(math.prod(shape), dtype=np.uint64)
+    return (((i * 2654435761 + h * 97531 + 12345) % 2**32) / 2**32 - 0.5).reshape(shape)
+
+
+def filled_by_name(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    u = fill(shape, sum(name.encode()) % 97)
+    if name.endswith("bias"):
+        return (0.2 * u).astype(np.float32)
+    return (1 + 0.2 * u if name.endswith("weight") and len(shape) == 1 else 0.5 * u).astype(np.float32)
+
+
+def test_dino_gives_the_values_that_upstreams_modules_gave():
+    """Class tokens of two slices, and of an image of another size, where a plain resize by the sizes' ratio would fail."""
+    config = dataclasses.replace(DINO_VITB16, image=(32, 32), width=24, layers=2, heads=3, mlp=96)
+    model = Dino(32, 16, 24, 96, 2, 3, 1e-6)
+    tensors = {name: filled_by_name(name, array.shape) for name, array in state_of(model, TOWER_PREFIX).items()}
+    graphdef, params = filled(lambda: Vit(config, jax.random.key(0)), at_root(tower_rows(config)), tensors)
+    run = jax.jit(lambda p, x: nnx.merge(graphdef, p)(x, RULES)[:, 0, :4])
+    slices = (fill((5, 3, 32, 32), 7) + 0.5).astype(np.float32)
+    want = [[-2.319216894, 0.842505022, -0.212972111, 1.244481983], [-2.247624845, 0.856188392, -0.125517137, 1.232094204]]
+    np.testing.assert_allclose(np.asarray(run(params, channels_last(slices)))[[0, 4]], want, atol=2e-6)
+    other = (fill((1, 3, 64, 48), 7) + 0.5).astype(np.float32)
+    want = [[-2.260450715, 0.838267499, -0.144145015, 1.278488771]]
+    np.testing.assert_allclose(run(params, channels_last(other)), want, atol=1e-5)
