@@ -8,6 +8,8 @@ import os
 import shutil
 from typing import Any
 
+import tokenizers
+
 from jaxmed.checkpoint.decoder_tables import peft_modules
 from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.hf_config import attention_factor, language_model, read_config
@@ -37,7 +39,7 @@ _ADAPTER_DEFAULTS = {
 }
 
 # What upstream's training writes beside the fields that describe the model; its loader asks for some of them.
-_LLAVA_DEFAULTS = {
+LLAVA_DEFAULTS = {
     "freeze_mm_mlp_adapter": False,
     "image_aspect_ratio": "square",
     "mm_patch_merge_type": "flat",
@@ -53,6 +55,10 @@ _LLAVA_DEFAULTS = {
 }
 
 
+# Fields of upstream's config.json that speak of the image side, by their beginning.
+_IMAGE_FIELDS = ("mm_", "image_", "vision_", "proj_", "patch_size", "tune_", "freeze_mm_", "use_mm_", "seg_token_id")
+
+
 def tokenizer_folder(experiment: Experiment) -> str:
     """Where the model's tokenizer is; "" if there is none."""
     places = [place for place in (experiment.model.tokenizer, experiment.model.base) if place]
@@ -62,25 +68,30 @@ def tokenizer_folder(experiment: Experiment) -> str:
 def hf_documents(experiment: Experiment, dtype: str) -> dict[str, dict[str, Any]]:
     """config.json and generation_config.json of a language model in `dtype`, for transformers 4 and 5."""
     model = experiment.model
-    config = _base_config(experiment)
-    config = {name: value for name, value in config.items() if not name.startswith("mm_") and name != "_name_or_path"}
+    config = base_config(experiment)
+    config = {name: value for name, value in config.items() if not name.startswith(_IMAGE_FIELDS) and name != "_name_or_path"}
     config["model_type"], architecture = language_model(config["model_type"])
     config["architectures"] = [architecture]
     config["vocab_size"] = model.decoder.vocab + len(model.added_tokens)
     config["tie_word_embeddings"] = model.decoder.tied
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-    config |= _token_ids(experiment, config)
+    config |= token_ids(experiment, config)
     path = os.path.join(model.base, "generation_config.json")
     generation = read_json(path) if model.base and os.path.exists(path) else {}
-    generation |= _token_ids(experiment, generation)
+    generation |= token_ids(experiment, generation)
     return {"config.json": config, "generation_config.json": generation}
 
 
-def _base_config(experiment: Experiment) -> dict[str, Any]:
-    return read_config(experiment.model.base) if experiment.model.base else _fresh_config(experiment.model.decoder)
+def base_config(experiment: Experiment) -> dict[str, Any]:
+    """The language model's, from the base's config.json as far as one speaks of it."""
+    model = experiment.model
+    config = read_config(model.base) if model.base and os.path.exists(os.path.join(model.base, "config.json")) else {}
+    if "text_config" in config:  # transformers' Llava leaves defaults out
+        return fresh_config(model.decoder) | config["text_config"]
+    return config if "hidden_size" in config else fresh_config(model.decoder)
 
 
-def _fresh_config(decoder: DecoderConfig) -> dict[str, Any]:
+def fresh_config(decoder: DecoderConfig) -> dict[str, Any]:
     """config.json of a decoder that was trained from scratch, in the spelling that transformers 4 and 5 both read."""
     if decoder.qkv_bias:
         raise UserError("model.decoder.qkv_bias: neither LLaMA nor Mistral has biases in q, k and v alone; no HF model fits")
@@ -126,7 +137,7 @@ def _rope_scaling(decoder: DecoderConfig) -> dict[str, Any] | None:
     return None
 
 
-def _token_ids(experiment: Experiment, known: dict[str, Any]) -> dict[str, Any]:
+def token_ids(experiment: Experiment, known: dict[str, Any]) -> dict[str, Any]:
     """Ids that a folder has not stated yet, and a padding token that training named."""
     folder = tokenizer_folder(experiment)
     if not folder:
@@ -161,27 +172,38 @@ def llava_config(experiment: Experiment, upstream: str) -> dict[str, Any]:
     if upstream and os.path.exists(path) and detect(upstream) == "llava_lora":
         config = read_config(upstream)
     else:
-        config = _base_config(experiment) | _LLAVA_DEFAULTS
+        config = base_config(experiment) | LLAVA_DEFAULTS
         config["mm_projector_lr"] = experiment.optim.projector_learning_rate or None
         config["mm_context_size"] = experiment.visual.features
         config["model_type"] = f"llava_{config['model_type'].removeprefix('llava_')}"
-        config |= _token_ids(experiment, config)
+        config |= token_ids(experiment, config)
     config["vocab_size"] = model.decoder.vocab + len(model.added_tokens)
     return config | {"mm_projector_type": model.projector.kind, "mm_hidden_size": experiment.visual.features}
 
 
-def write_tokenizer(experiment: Experiment, folder: str) -> bool:
-    """The tokenizer's own files where they hold the added tokens already, else saved with them. False: there is none."""
+def write_tokenizer(experiment: Experiment, folder: str, extra: tuple[str, ...] = ()) -> bool:
+    """The tokenizer's own files where they hold the added tokens already, else saved with them (and `extra`, the last for
+    padding where it is `<pad>`). False: there is none."""
     source = tokenizer_folder(experiment)
     if not source:
         return False
     added = experiment.model.added_tokens
-    if all(Tokenizer.from_folder(source).token_id(token) is not None for token in added):
+    if not extra and all(Tokenizer.from_folder(source).token_id(token) is not None for token in added):
         _copy(TOKENIZER_FILES, source, folder)
-    else:
-        Tokenizer.from_folder(source, added, experiment.model.pad_token).save(folder)
-        _copy(CHAT_TEMPLATES, source, folder)
+        return True
+    pad = "<pad>" if "<pad>" in extra else experiment.model.pad_token
+    Tokenizer.from_folder(source, added + extra, pad).save(folder)
+    _add_to_json(os.path.join(source, "tokenizer.json"), os.path.join(folder, "tokenizer.json"), added + extra)
+    _copy(CHAT_TEMPLATES, source, folder)
     return True
+
+
+def _add_to_json(source: str, out: str, tokens: tuple[str, ...]) -> None:
+    """A tokenizer.json that lies beside a tokenizer.model: transformers reads it, and would convert the model otherwise."""
+    if os.path.exists(source) and not os.path.exists(out):
+        tokenizer = tokenizers.Tokenizer.from_file(source)
+        tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in tokens])
+        tokenizer.save(out)
 
 
 def write_chat_template(experiment: Experiment, folder: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 import jaxmed
-from jaxmed.checkpoint.export import MODEL, Plan
 from jaxmed.checkpoint.export_config import tokenizer_folder, write_chat_template, write_tokenizer
+from jaxmed.checkpoint.export_plan import MODEL, Plan
 from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.hf_io import base_fingerprint
 from jaxmed.checkpoint.orbax_export import write_native
@@ -89,7 +89,7 @@ def _write_files(plan: Plan, folder: str, shard_size: int, say: Callable[[str], 
         write_json(os.path.join(folder, name), document)
     if plan.tokenizer:
         written = {name: document for name, document in plan.documents.items() if name in _CONFIGS}
-        if not write_tokenizer(plan.experiment, folder):
+        if not write_tokenizer(plan.experiment, folder, plan.extra_tokens):
             say("there is no tokenizer in the source, so none was written")
         elif plan.to == "hf":
             write_chat_template(plan.experiment, folder)
@@ -98,6 +98,9 @@ def _write_files(plan: Plan, folder: str, shard_size: int, say: Callable[[str], 
                 write_json(os.path.join(folder, name), written[name])
             else:
                 os.remove(os.path.join(folder, name))
+    for name, text in plan.texts.items():
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ from jax.sharding import Mesh, NamedSharding, reshard
 
 from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.adapter import Path, text
-from jaxmed.checkpoint.export import Plan
 from jaxmed.checkpoint.export_config import tokenizer_folder
+from jaxmed.checkpoint.export_plan import Plan
 from jaxmed.checkpoint.tensor_files import Tensor
 from jaxmed.checkpoint.values import Values
 from jaxmed.config import Experiment, LoraConfig, MeshConfig, to_dict, to_json

@@ -68,6 +68,11 @@ class Values:
         self.upstream_names: set[str] = set()
         """Canonical names in the upstream folder"""
         self.ignored: dict[str, str] = {}
+        """Canonical name of a tensor that the model does not compute with -> why"""
+        self.surplus: dict[str, np.ndarray] = {}
+        """The same names -> the tensors, views of their files"""
+        self.places: dict[str, str] = {}
+        """The same names -> `FILE: NAME`"""
         self._match = None
         sources = weight_sources(experiment)
         for folder in sources.folders:
@@ -80,6 +85,10 @@ class Values:
             wanted = {path: leaf for path, leaf in self.shapes.items() if sources.covers(path)}
             self._match = match_params(sources.rows, sources.folders, _nested(wanted), True, sources.surplus)
             self.ignored = dict(self._match.ignored)
+            for folder in sources.folders:
+                for key, name in sources.names(folder).items():
+                    if key in self.ignored:
+                        self.surplus[key], self.places[key] = folder.arrays[name], folder.where(name)
         self._check_runs()
         self._kept: tuple[str, np.ndarray] | None = None
 

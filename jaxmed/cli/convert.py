@@ -13,7 +13,7 @@ from jaxmed.config import DistributedConfig, MeshConfig
 from jaxmed.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxmed.checkpoint.export import Plan
+    from jaxmed.checkpoint.export_plan import Plan
 
 HELP = "Write a model as a run of ours, or as a Hugging Face, PEFT, LLaVA, M3D-LaMed or SAMF folder"
 
@@ -35,7 +35,7 @@ DIR appears when it is complete, with a manifest.json of where everything came f
 class Args:
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="src")]
     """A run, a model's folder, or an adapter's"""
-    to: Literal["orbax", "hf", "peft", "llava"]
+    to: Literal["orbax", "hf", "peft", "llava", "lamed", "samf"]
     """Layout to write"""
     out: str = ""
     """Folder to write; must not exist"""
@@ -76,16 +76,17 @@ def run(argv: list[str]) -> int:
 
 def convert(args: Args) -> None:
     from jaxmed.api import resolve
-    from jaxmed.checkpoint.export import DTYPES, plan_export
+    from jaxmed.checkpoint.export import plan_export
     from jaxmed.checkpoint.export_folder import check_out, write_export
+    from jaxmed.checkpoint.export_plan import DTYPES
     from jaxmed.checkpoint.folder_kinds import KINDS, detect
     from jaxmed.checkpoint.orbax_export import plan_native
     from jaxmed.checkpoint.tensor_files import parse_size
     from jaxmed.distributed import is_first, say
 
     shard_size = parse_size(args.shard_size, "--shard-size")
-    if args.merge and args.to in ("peft", "llava"):
-        raise UserError(f"--merge: {args.to} is a layout of adapters; leave --merge out, or give --to hf")
+    if args.merge and args.to == "peft":
+        raise UserError("--merge: peft is a layout of adapters; leave --merge out, or give --to hf")
     if not args.dry_run:
         if not args.out:
             raise UserError("no --out: give the folder to write (or --dry-run, to see what it would hold)")
@@ -96,7 +97,7 @@ def convert(args: Args) -> None:
     if args.to == "orbax":
         plan = plan_native(experiment, DTYPES[args.dtype] if args.dtype else None, args.merge)
     else:
-        plan = plan_export(experiment, args.to, args.dtype)
+        plan = plan_export(experiment, args.to, args.dtype, args.merge)
     if args.dry_run:
         if is_first():
             show(plan)

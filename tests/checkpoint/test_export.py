@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, Mis
 import jaxmed
 from jaxmed.api import resolve
 from jaxmed.checkpoint import manager
-from jaxmed.checkpoint.export import TABLE, plan_export
+from jaxmed.checkpoint.export import plan_export
 from jaxmed.checkpoint.export_folder import sha256, write_export
+from jaxmed.checkpoint.export_plan import TABLE
 from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.folders import BTB3D_TOKENS
 from jaxmed.checkpoint.hf_io import open_folder
