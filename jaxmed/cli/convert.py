@@ -1,5 +1,6 @@
 """`jaxmed convert SRC --to FORMAT --out DIR`: any model as a folder of ours, or as one that other programs read."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,9 +25,13 @@ as Hugging Face, PEFT, LLaVA, M3D or SAMF wrote it; which, is told from its file
           apart unless --merge is given. `jaxmed generate`, `jaxmed train --model.adapter` and jaxmed.load take it
   hf      adapters merged into the base (in float32), for transformers and what builds on it; the projector stands beside it
   peft    the adapter alone, for `peft` on the base
-  llava   upstream's LoRA layout: adapter, non_lora_trainables.bin, config.json with mm_* fields, tokenizer
+          (CLIP or SigLIP, mlp2x_gelu and LLaMA or Mistral: all of it, as LlavaForConditionalGeneration)
+  llava   upstream's layout: the whole model; adapter, non_lora_trainables.bin and config.json for LoRA unless --merge is given;
+          mm_projector.bin where the projector alone was trained
+  lamed   M3D-LaMed's layout; adapters apart in model_with_lora.bin unless --merge is given
+  samf    SAMF's layout, likewise
 
-DIR appears when it is complete, with a manifest.json of where everything came from.
+DIR appears when it is complete and verified, with a manifest.json of where everything came from.
 
     jaxmed convert runs/btb3d --to hf --out btb3d-merged"""
 
@@ -49,6 +54,9 @@ class Args:
     """Dtype of what is written; "": as the source has it"""
     dry_run: bool = False
     """Show the table of tensors and what is left out, and write nothing"""
+    verify: bool = True
+    """Run one prompt and one image through both sides before DIR appears, where torch and transformers are installed and both
+    sides fit into memory"""
     shard_size: str = "5GB"
     """Size of a weight file at most"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -93,7 +101,8 @@ def convert(args: Args) -> None:
         check_out(args.out)
     kind = detect(args.source)
     say(f"{args.source}: {KINDS[kind]}")
-    experiment = resolve(args.source, args.base, "float32", common.settings(args.set), args.tower)
+    overrides = common.settings(args.set)
+    experiment = resolve(args.source, args.base, "float32", overrides, args.tower)
     if args.to == "orbax":
         plan = plan_native(experiment, DTYPES[args.dtype] if args.dtype else None, args.merge)
     else:
@@ -102,11 +111,23 @@ def convert(args: Args) -> None:
         if is_first():
             show(plan)
         return
-    write_export(plan, args.source, args.out, shard_size, args.mesh, say)
+    write_export(plan, args.source, args.out, shard_size, args.mesh, say, verifier(args, plan, overrides))
     for note in plan.notes:
         say(note)
     if is_first():
         print(args.out)
+
+
+def verifier(args: Args, plan: "Plan", overrides: dict[str, str]) -> Callable[[str], None]:
+    """What is done with the folder before it gets its name."""
+    from jaxmed import verify
+    from jaxmed.distributed import say
+
+    reason = verify.reason_not_to(plan) if args.verify else "not verified: --no-verify"
+    if reason:
+        return lambda folder: say(reason)
+    source = verify.Source(args.source, args.base, args.tower, overrides)
+    return lambda folder: verify.verify(plan, source, folder, say)
 
 
 def show(plan: "Plan") -> None:

@@ -1,0 +1,208 @@
+"""Does a converted model compute what its source computes? One prompt and one image through both, stage by stage.
+
+Both sides are loaded in float32: the source and what was written by `jaxmed.load`, and what is for transformers by torch as
+well. The image is random, the same every time. Stages: tower, projector, decoder (logits), adapters apart against merged.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmed.api import load
+from jaxmed.checkpoint.export_plan import Plan
+from jaxmed.checkpoint.folder_kinds import detect_base
+from jaxmed.checkpoint.values import parameter_shapes
+from jaxmed.config import VisualConfig
+from jaxmed.errors import UserError
+from jaxmed.generate.engine import Engine
+from jaxmed.train.init import blueprint, flatten, start, unflatten
+from jaxmed.vlm_model import Model
+
+QUESTION = "Describe the findings, please."
+EXACT, NARROWER = 2e-4, 0.1
+"""Largest difference allowed, as a part of the largest value: of the same numbers, and of numbers rounded to 16 bits"""
+_ROOM = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """How the source is loaded."""
+
+    folder: str
+    base: str
+    tower: str
+    overrides: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    name: str
+    difference: float
+    scale: float
+    """The largest value of the source"""
+
+
+def reason_not_to(plan: Plan) -> str:
+    """Why a conversion is not verified, as a line for the person; "" if it can be."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not verified: {' and '.join(missing)} not installed"
+    if jax.process_count() > 1:
+        return "not verified: several processes convert together"
+    if any(file in plan.files for file in ("mm_projector.bin",)):
+        return "not verified: a projector alone is no model that can be run"
+    if plan.to == "peft" and not _has_plain_base(plan):
+        return "not verified: the adapter's base is no language model that peft could load it on"
+    count = sum(math.prod(leaf.shape) for leaf in parameter_shapes(plan.source).values())
+    needed, free = 4 * count * (3 if plan.to in ("hf", "peft") else 2), _free_memory()
+    if needed > _ROOM * free:
+        return f"not verified: both sides in float32 take {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB of memory are free"
+    return ""
+
+
+def _has_plain_base(plan: Plan) -> bool:
+    spec = importlib.util.find_spec("peft")
+    return spec is not None and detect_base(plan.source.model.base) == "hf"
+
+
+def _free_memory() -> int:
+    """Bytes that arrays can still take, on the first device; on a CPU those of the machine."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def verify(plan: Plan, source: Source, written: str, say: Callable[[str], None]) -> None:
+    """Tells the largest difference of every stage. UserError where one is too large: the folder must not be kept."""
+    with jax.default_matmul_precision("highest"):
+        stages = _stages(plan, source, written)
+    allowed = NARROWER if _narrower(plan) else EXACT
+    wrong = [stage for stage in stages if not stage.difference <= allowed * max(stage.scale, 1e-6)]
+    for stage in stages:
+        say(f"verified: {stage.name}: largest difference {stage.difference:.3g} (largest value {stage.scale:.3g})")
+    if wrong:
+        text = "; ".join(f"{s.name} differs by {s.difference:.3g} of {s.scale:.3g}" for s in wrong)
+        raise UserError(f"the converted model computes something else: {text}. Nothing was kept; this is a defect of jaxmed")
+
+
+def _narrower(plan: Plan) -> bool:
+    """Whether numbers were rounded: to a narrower dtype, or after a merge into 16 bits."""
+    return any(tensor.dtype.itemsize < 4 for tensor in plan.tensors)
+
+
+def _stages(plan: Plan, source: Source, written: str) -> list[Stage]:
+    ours = load(source.folder, source.base, source.tower, dtype="float32", overrides=source.overrides)
+    image = None if _text_alone(plan) else probe(ours.experiment.visual)
+    prompt = QUESTION if image is None else f"<image>\n{QUESTION}" if ours.experiment.visual.kind != "slices" else QUESTION
+    want = _arrays(ours, image, prompt)
+    stages: list[Stage] = []
+    if plan.to != "peft":
+        theirs = load(written, *_beside(plan, source), dtype="float32", overrides=_overrides(plan, source))
+        stages += _compared(want, _arrays(theirs, image, prompt), "")
+    if ours.experiment.lora.rank:
+        apart = _logits_apart(ours, image, prompt)
+        stages.append(_stage("adapters apart against merged", want["decoder"], apart))
+    if plan.to in ("hf", "peft"):
+        from jaxmed import verify_torch  # torch is loaded only where it is asked
+
+        stages += _compared(want, verify_torch.arrays(plan, written, ours, image, prompt), " in transformers")
+    return stages
+
+
+def _text_alone(plan: Plan) -> bool:
+    """Whether what is written has no image side."""
+    if plan.source.visual.kind == "none" or plan.to == "peft":
+        return True
+    return plan.to == "hf" and "preprocessor_config.json" not in plan.documents
+
+
+def _beside(plan: Plan, source: Source) -> tuple[str, str]:
+    """Base and tower with which the written folder is loaded."""
+    adapter = "adapter_config.json" in plan.documents
+    model = plan.source.model
+    return (model.base if adapter else ""), (source.tower or model.tower_folder if plan.to == "llava" else "")
+
+
+def _overrides(plan: Plan, source: Source) -> dict[str, Any]:
+    """What no file of a layout stores."""
+    if plan.to in ("orbax", "hf"):
+        return {}
+    experiment = plan.source
+    given: dict[str, Any] = dict(source.overrides)
+    if experiment.lora.rank and plan.to in ("lamed", "samf"):
+        given |= {"lora.alpha": experiment.lora.alpha}
+    if experiment.model.tower.kind != "none":
+        given |= {"vision.heads": experiment.model.tower.heads}
+    if experiment.model.fusion.kind != "none":
+        given |= {"aggregator.heads": experiment.model.aggregator.heads}
+    if experiment.visual.kind in ("embeddings", "codes"):
+        names = ("kind", "tokens", "grid", "merge", "channel_order", "norm", "positions")
+        given |= {f"visual.{name}": getattr(experiment.visual, name) for name in names}
+    return given
+
+
+def probe(visual: VisualConfig) -> np.ndarray:
+    """A random image as a file of the model's kind would give it, always the same."""
+    rng = np.random.default_rng(2024)
+    side = visual.pixels.side
+    if visual.kind == "pixels":
+        return rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+    if visual.kind == "volumes":
+        return rng.random((1, *visual.volume), np.float32)
+    if visual.kind == "slices":
+        return rng.integers(-1000, 1000, (48, 40, visual.slices + 2)).astype(np.float32)
+    whole = visual.kind == "codes" or visual.norm or visual.positions or visual.tokens < 12
+    grid = tuple(g * m for g, m in zip(visual.grid if whole else (2, 3, 2), visual.merge, strict=True))
+    if visual.kind == "codes":
+        return rng.integers(0, 1 << 18, (1, *grid), dtype=np.uint32)
+    return rng.normal(size=(1, visual.file_features, *grid)).astype(np.float32)
+
+
+def _arrays(model: Model, image: np.ndarray | None, prompt: str) -> dict[str, np.ndarray]:
+    """Stage -> what it gives."""
+    found = {"decoder": model.logits([image], [prompt])[0]}
+    if image is None:
+        return found
+    prompts = [prompt] if model.experiment.model.fusion.kind != "none" else ()
+    tower = {"tower": model.image_features([image])[0]} if model.experiment.model.tower.kind != "none" else {}
+    return tower | {"projector": model.image_tokens([image], prompts)[0]} | found
+
+
+def _logits_apart(model: Model, image: np.ndarray | None, prompt: str) -> np.ndarray:
+    """Logits with the adapters beside the weights, as training computes them."""
+    with jax.set_mesh(model.mesh):
+        plan = blueprint(model.experiment, model.mesh)
+        trainable, frozen = start(plan)
+        params = unflatten(flatten(trainable) | flatten(frozen))
+    engine = Engine(plan.graphdef, params, model.experiment, model.mesh, model.rules, model.engine.limits)
+    merged = model.engine
+    try:
+        model.__dict__["engine"] = engine
+        return model.logits([image], [prompt])[0]
+    finally:
+        model.__dict__["engine"] = merged
+
+
+def _compared(want: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray], where: str) -> list[Stage]:
+    return [_stage(name + where, want[name], got[name]) for name in ("tower", "projector", "decoder") if name in got]
+
+
+def _stage(name: str, want: np.ndarray, got: np.ndarray) -> Stage:
+    """Rows of a vocabulary that only one side has are left out."""
+    size = min(want.shape[-1], got.shape[-1])
+    if want.shape[:-1] != got.shape[:-1]:
+        return Stage(name, math.inf, float(np.abs(want).max()))
+    difference = np.abs(want[..., :size].astype(np.float64) - got[..., :size])
+    return Stage(name, float(difference.max()), float(np.abs(want).max()))
