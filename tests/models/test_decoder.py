@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -64,6 +65,24 @@ def test_rows_of_added_tokens_lie_over_the_table(shape):
     assert table.shape == (256, 12), "44 rows, padded"
     table[41:44] = params["embed"]["added"]
     np.testing.assert_allclose(h, table[tokens], atol=1e-6)
+
+
+def test_the_padding_row_gets_no_gradient_from_lookups():
+    """As torch's padding_idx has it, which transformers sets to the config's pad_token_id."""
+    tokens, weights = np.asarray([[7, 40, 7, 3]]), np.random.default_rng(1).standard_normal((1, 4, 12)).astype(np.float32)
+    table = torch.nn.Embedding(41, 12, padding_idx=7)
+    (table(torch.from_numpy(tokens)) * torch.from_numpy(weights)).sum().backward()
+    mesh = mesh_of(1, 1, 1, 1)
+    with jax.set_mesh(mesh):
+        graphdef, params = build(dataclasses.replace(CONFIG, padding_row=7), added=0)
+
+        def total(params, tokens):
+            return jnp.sum(nnx.merge(graphdef, params).embed(tokens, RULES, jnp.float32) * weights)
+
+        gradients = jax.jit(jax.grad(total))(params, place(mesh, tokens, "batch", "length"))
+        gradient = np.asarray(gradients["embed"]["table"])
+    np.testing.assert_allclose(gradient[:41], table.weight.grad, atol=1e-6)
+    assert gradient[40].any() and gradient[3].any()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 1, 1, 2)])
