@@ -105,7 +105,7 @@ def _narrower(plan: Plan) -> bool:
 def _stages(plan: Plan, source: Source, written: str) -> list[Stage]:
     ours = load(source.folder, source.base, source.tower, dtype="float32", overrides=source.overrides)
     image = None if _text_alone(plan) else probe(ours.experiment.visual)
-    prompt = QUESTION if image is None else f"<image>\n{QUESTION}" if ours.experiment.visual.kind != "slices" else QUESTION
+    prompt = _ids(plan) if image is None else f"<image>\n{QUESTION}" if ours.experiment.visual.kind != "slices" else QUESTION
     want = _arrays(ours, image, prompt)
     stages: list[Stage] = []
     if plan.to != "peft":
@@ -119,6 +119,11 @@ def _stages(plan: Plan, source: Source, written: str) -> list[Stage]:
 
         stages += _compared(want, verify_torch.arrays(plan, written, ours, image, prompt), " in transformers")
     return stages
+
+
+def _ids(plan: Plan) -> np.ndarray:
+    """A prompt of random tokens: what is written as a language model has no template of its own."""
+    return np.random.default_rng(11).integers(3, plan.source.model.decoder.vocab, 24).astype(np.int32)
 
 
 def _text_alone(plan: Plan) -> bool:
@@ -170,7 +175,7 @@ def probe(visual: VisualConfig) -> np.ndarray:
     return rng.normal(size=(1, visual.file_features, *grid)).astype(np.float32)
 
 
-def _arrays(model: Model, image: np.ndarray | None, prompt: str) -> dict[str, np.ndarray]:
+def _arrays(model: Model, image: np.ndarray | None, prompt: str | np.ndarray) -> dict[str, np.ndarray]:
     """Stage -> what it gives."""
     found = {"decoder": model.logits([image], [prompt])[0]}
     if image is None:
@@ -180,7 +185,7 @@ def _arrays(model: Model, image: np.ndarray | None, prompt: str) -> dict[str, np
     return tower | {"projector": model.image_tokens([image], prompts)[0]} | found
 
 
-def _logits_apart(model: Model, image: np.ndarray | None, prompt: str) -> np.ndarray:
+def _logits_apart(model: Model, image: np.ndarray | None, prompt: str | np.ndarray) -> np.ndarray:
     """Logits with the adapters beside the weights, as training computes them."""
     with jax.set_mesh(model.mesh):
         plan = blueprint(model.experiment, model.mesh)

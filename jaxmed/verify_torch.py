@@ -1,4 +1,4 @@
-"""The torch side of `jaxmed.verify`: what transformers and peft compute from a written folder. Loaded where it is asked alone."""
+"""The torch side of `jaxmed.verify`: what transformers and peft compute from a written folder. Loaded late: it needs torch."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from jaxmed.vlm_model import Model
 
 
 @torch.no_grad()
-def arrays(plan: Plan, written: str, ours: Model, image: np.ndarray | None, prompt: str) -> dict[str, np.ndarray]:
+def arrays(plan: Plan, written: str, ours: Model, image: np.ndarray | None, prompt: str | np.ndarray) -> dict[str, np.ndarray]:
     """Stage -> what transformers gives for the ids and pixels of our own prompt."""
     ids = ours.prompt(image, prompt).ids
     if plan.to == "peft":

@@ -22,6 +22,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 TOKENIZER_FILES += ("added_tokens.json", "vocab.json", "merges.txt", *CHAT_TEMPLATES)
 
+TOWER_FOLDER = "vision_tower"
+"""Where an exported LLaVA folder has its tower by itself, if no other folder holds it"""
+
 _ADAPTER_DEFAULTS = {
     "alpha_pattern": {},
     "auto_mapping": None,
@@ -174,11 +177,26 @@ def llava_config(experiment: Experiment, upstream: str) -> dict[str, Any]:
     else:
         config = base_config(experiment) | LLAVA_DEFAULTS
         config["mm_projector_lr"] = experiment.optim.projector_learning_rate or None
-        config["mm_context_size"] = experiment.visual.features
+        if model.tower.kind == "none":
+            config["mm_context_size"] = experiment.visual.features
+        elif "mm_vision_tower" not in base_config(experiment):
+            config |= llava_image_fields(experiment)
         config["model_type"] = f"llava_{config['model_type'].removeprefix('llava_')}"
         config |= token_ids(experiment, config)
     config["vocab_size"] = model.decoder.vocab + len(model.added_tokens)
     return config | {"mm_projector_type": model.projector.kind, "mm_hidden_size": experiment.visual.features}
+
+
+def llava_image_fields(experiment: Experiment) -> dict[str, Any]:
+    """Upstream's fields for the image side of a model with a tower."""
+    model, tower = experiment.model, experiment.model.tower
+    return {
+        "image_aspect_ratio": "pad" if experiment.visual.pixels.aspect == "pad" else "square",
+        "mm_vision_select_feature": tower.select_feature,
+        "mm_vision_select_layer": tower.select_layer,
+        "mm_vision_tower": os.path.abspath(model.tower_folder) if model.tower_folder else TOWER_FOLDER,
+        "tokenizer_model_max_length": experiment.data.max_length or model.decoder.max_positions,
+    }
 
 
 def write_tokenizer(experiment: Experiment, folder: str, extra: tuple[str, ...] = ()) -> bool:

@@ -9,8 +9,10 @@ from typing import Any
 
 from jaxmed.checkpoint.export_config import (
     LLAVA_DEFAULTS,
+    TOWER_FOLDER,
     fresh_config,
     hf_documents,
+    llava_image_fields,
     token_ids,
     tokenizer_folder,
 )
@@ -34,10 +36,13 @@ _CLASSES = {
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
-def upstream_documents(experiment: Experiment, to: str, dtype: str, adapters: bool) -> dict[str, Document]:
+def upstream_documents(
+    experiment: Experiment, to: str, dtype: str, adapters: bool, layers: int = -1, head: bool = False
+) -> dict[str, Document]:
     """config.json (and generation_config.json where the base has one) of LLaVA's, LaMed's or SAMF's layout.
 
-    `adapters`: they stand in the file of weights, whose config upstream writes before the model has its own class.
+    `adapters`: they stand in the file of weights, whose config upstream writes before the model has its own class. `layers`,
+    `head`: of the tower, where LLaVA's layout gets a folder for it.
     """
     model = experiment.model
     own = bool(model.base) and detect_base(model.base) == to
@@ -48,6 +53,13 @@ def upstream_documents(experiment: Experiment, to: str, dtype: str, adapters: bo
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     config |= token_ids(experiment, config)
     documents = {"config.json": config}
+    if config.get("mm_vision_tower") == TOWER_FOLDER:
+        layers = experiment.model.tower.layers if layers < 0 else layers
+        settings = vision_config(experiment.model.tower, layers, head)
+        documents |= {
+            f"{TOWER_FOLDER}/config.json": settings,
+            f"{TOWER_FOLDER}/preprocessor_config.json": preprocessor(experiment),
+        }
     path = os.path.join(model.base, "generation_config.json")
     if model.base and os.path.exists(path):
         with open(path, encoding="utf-8") as file:
@@ -61,18 +73,12 @@ def _has_config(folder: str) -> bool:
 
 def _fresh(experiment: Experiment, to: str) -> Document:
     """config.json of a layout for a model whose source has another."""
-    model, tower = experiment.model, experiment.model.tower
+    model = experiment.model
     decoder = fresh_config(model.decoder)
     if to == "llava":
         mistral = experiment.data.template == "mistral_instruct" or decoder["model_type"] == "mistral"
         family = "llava_mistral" if mistral else "llava_llama"
-        config = LLAVA_DEFAULTS | {
-            "image_aspect_ratio": "pad" if experiment.visual.pixels.aspect == "pad" else "square",
-            "mm_vision_select_feature": tower.select_feature,
-            "mm_vision_select_layer": tower.select_layer,
-            "mm_vision_tower": model.tower_folder or tower.kind,
-            "tokenizer_model_max_length": experiment.data.max_length or model.decoder.max_positions,
-        }
+        config = LLAVA_DEFAULTS | llava_image_fields(experiment)
     else:
         family = f"lamed_{decoder['model_type']}" if to == "lamed" else "llava_phi3"
         config = _m3d_fields(experiment, to)

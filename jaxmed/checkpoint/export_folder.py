@@ -79,6 +79,7 @@ def complete_or_nothing(out: str, fill: Callable[[str], None]) -> None:
 def _write_files(plan: Plan, folder: str, shard_size: int, say: Callable[[str], None]) -> None:
     for name, tensors in plan.files.items():
         path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         if name == MODEL:
             write_model(folder, tensors, shard_size, say)
         elif name.endswith(".bin"):

@@ -15,6 +15,7 @@ import numpy as np
 from jaxmed.checkpoint import export_documents
 from jaxmed.checkpoint.chat_templates import chat_template
 from jaxmed.checkpoint.decoder_tables import EMBED, HEAD, decoder_rows, lora_rows
+from jaxmed.checkpoint.export_config import TOWER_FOLDER
 from jaxmed.checkpoint.export_plan import MODEL, Format, Plan, Planner, adapter_rows, optimizer_state, stacked_path
 from jaxmed.checkpoint.names import BESIDE, PEFT_PREFIX, TOWER_PREFIX
 from jaxmed.checkpoint.passthrough import copied, unused
@@ -30,6 +31,7 @@ WITH_LORA = "model_with_lora.bin"
 ROWS_MULTIPLE = 64
 """To which conversions for transformers pad a vocabulary that they lengthen"""
 
+_HEAD = ".vision_model.head."
 _LAYOUTS = {"llava": ("clip", "siglip"), "lamed": ("vit3d",), "samf": ("dino",)}
 
 
@@ -52,13 +54,16 @@ def plan_upstream(values: Values, planner: Planner, to: Format, merge: bool) -> 
     tensors = planner.tensors(whole_rows(experiment) + (lora if apart else []), named, merge=not apart)
     tensors += copied(values, named, _beside_tower(values), planner.chosen)
     dtype = next(tensor.dtype for tensor in tensors if tensor.ours == "decoder/embed/table")
-    documents = export_documents.upstream_documents(experiment, to, dtype.name, apart)
+    layers, head = _kept_layers(values), any(_HEAD in name for name in values.surplus)
+    documents = export_documents.upstream_documents(experiment, to, dtype.name, apart, layers, head)
+    files = {WITH_LORA if apart else MODEL: tensors}
+    if f"{TOWER_FOLDER}/config.json" in documents:
+        files[f"{TOWER_FOLDER}/model.safetensors"] = _tower_alone(values, planner, layers, dtype)
     written = {tensor.name for tensor in tensors}
     kept = {name: reason for name, reason in values.ignored.items() if named(name) not in written}
     notes = []
     if experiment.visual.norm or experiment.visual.positions:
         notes.append("statistics and position table of the visual input are ours; upstream's own loader has no place for them")
-    files = {WITH_LORA if apart else MODEL: tensors}
     return Plan(experiment, to, files, documents, True, kept | optimizer_state(values), notes, experiment)
 
 
@@ -70,6 +75,19 @@ def check_layout(experiment: Experiment, to: str) -> None:
         fit = [name for name, kinds in _LAYOUTS.items() if model.tower.kind in kinds and fused == (name == "samf")]
         hint = f"give --to {fit[0]}" if fit else "give --to hf or --to orbax"
         raise UserError(f"--to {to}: is a layout for the tower {' or '.join(_LAYOUTS[to])}; this model has {have}; {hint}")
+
+
+def _tower_alone(values: Values, planner: Planner, layers: int, dtype: np.dtype) -> list[Tensor]:
+    """The tower as a folder of its own has it, from which upstream's loader takes it."""
+
+    def named(name: str) -> str:
+        return name.removeprefix(TOWER_PREFIX)
+
+    tower = values.experiment.model.tower
+    tensors = planner.tensors(tower_rows(tower), named) + copied(
+        values, named, lambda name: _belongs(name, layers), planner.chosen
+    )
+    return tensors + _post_norm(tower, {tensor.name for tensor in tensors}, dtype, named)
 
 
 def _beside_tower(values: Values) -> Callable[[str], bool]:
@@ -121,7 +139,7 @@ def plan_llava_hf(values: Values, planner: Planner) -> Plan:
     tensors += passed
     dtype = next(tensor.dtype for tensor in tensors if tensor.ours == "decoder/embed/table")
     notes = []
-    made = _post_norm(experiment.model.tower, {tensor.name for tensor in passed}, dtype)
+    made = _post_norm(experiment.model.tower, {tensor.name for tensor in passed}, dtype, _hf_name)
     if made:
         tensors += made
         notes.append("the source lacks the tower's last norm, which is never read: ones and zeros stand in its place")
@@ -130,7 +148,7 @@ def plan_llava_hf(values: Values, planner: Planner) -> Plan:
         notes.append(
             f"the source lacks the tower's blocks after {layers}, which are never read: it is written as one of {layers}"
         )
-    head = any(".vision_model.head." in tensor.name for tensor in passed)
+    head = any(_HEAD in name for name in values.surplus)
     documents = export_documents.llava_hf_documents(experiment, dtype.name, size, extra, layers, head)
     place = documents["config.json"]["image_token_index"]
     notes.append(f"an image stands at the token <image>, id {place}; rows of the tables after the model's own are their mean")
@@ -175,8 +193,8 @@ def _belongs(name: str, layers: int) -> bool:
     return not block or int(block[1]) < layers
 
 
-def _post_norm(tower: TowerConfig, passed: set[str], dtype: np.dtype) -> list[Tensor]:
-    stem = _hf_name(f"{TOWER_PREFIX}vision_model.post_layernorm.")
+def _post_norm(tower: TowerConfig, passed: set[str], dtype: np.dtype, named: Callable[[str], str]) -> list[Tensor]:
+    stem = named(f"{TOWER_PREFIX}vision_model.post_layernorm.")
     parts = {"weight": 1.0, "bias": 0.0}
     return [unused(stem + end, (tower.width,), value, dtype) for end, value in parts.items() if stem + end not in passed]
 
