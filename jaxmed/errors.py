@@ -1,10 +1,29 @@
-"""Errors that a person can mend. The command line prints them as one line and exits with 2."""
+"""Errors that a person can mend. The command line prints them as one line and exits with 2, or with `REQUEUE`."""
 
 import dataclasses
+
+REQUEUE = 75
+"""Exit code of a process that was preempted or lost its peers: started again, the job goes on"""
 
 
 class UserError(Exception):
     """Something about the input or the machine that the user can mend; the message says what, where and what to do."""
+
+    code = 2
+    """Exit code of the command"""
+
+
+class PeerError(UserError):
+    """Other processes of the job are missing or do not answer. A scheduler may try again: they may be late."""
+
+    code = REQUEUE
+
+
+class Preempted(BaseException):
+    """The process was asked to end (SIGTERM) and has nothing left to save; the message says where the job goes on.
+
+    No Exception, as KeyboardInterrupt is none: what handles errors does not handle this.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

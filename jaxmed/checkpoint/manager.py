@@ -32,6 +32,14 @@ ITEMS = ("trainable", "opt", "meta")
 _FULL = re.compile(r"No space left on device|ENOSPC|RESOURCE_EXHAUSTED.*disk|Disk quota exceeded", re.IGNORECASE)
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, without its own questions about SIGTERM: asked out of turn, and by one process alone, they would shift the step
+    at which all processes save (see `jaxmed.preemption`)."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run, for writing. All processes call every method together."""
 
@@ -42,7 +50,7 @@ class Checkpoints:
         )
         try:
             os.makedirs(self.folder, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.folder, options=options, item_names=ITEMS)
+            self._manager = _Manager(self.folder, options=options, item_names=ITEMS)
         except (OSError, ValueError) as error:
             raise disk_error(error, self.folder) from error
 

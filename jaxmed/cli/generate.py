@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Literal
 
 import jax
@@ -18,6 +19,7 @@ from jaxmed.data.conversation import reading_of
 from jaxmed.data.inputs import FOLDERS, input_folder
 from jaxmed.data.records import Reading, Record, load_records, where
 from jaxmed.errors import UserError
+from jaxmed.preemption import Preemption, listening
 
 HELP = "Write reports and answers for a data set"
 
@@ -26,11 +28,13 @@ DESCRIPTION = """Write an answer for every human turn of every record, greedily 
 FOLDER is a run of `jaxmed train`, an upstream folder (LLaVA, TinyLLaVA, M3D-LaMed, SAMF; merged, or an adapter with --base), or
 a Hugging Face language model. The folder of the image files is --embeddings, --images or --volumes, as the model reads.
 
-Each finished study is on disk at once; started again, the same command does only what is missing. Several processes share the
-studies with --process and --processes, each on its own devices; the one that finds all studies done writes the final file.
+Each finished study is on disk at once; started again, the same command does only what is missing. Asked to end (SIGTERM), it
+finishes the batch at hand and exits with 75. Several processes share the studies with --process and --processes, each on its
+own devices; the one that finds all studies done writes the final file.
 
     jaxmed generate runs/btb3d --records valid.json --embeddings encoded/ --out reports_vqa.json"""
 
+ASKED_TO_END = "asked to end; finished studies are on disk, the same command does the rest"
 UPSTREAM_DEFECTS = ("history_eot", "na_choices", "pad_grey")
 
 
@@ -93,7 +97,12 @@ def run(argv: list[str]) -> int:
     args = common.parse(Args, argv, prog="jaxmed generate", description=DESCRIPTION)
     defects = common.names(args.upstream_exact, UPSTREAM_DEFECTS, "--upstream-exact")
     _check(args)
-    # imported late: --help and the errors above need no JAX
+    with listening() as preemption, preemption.nothing_to_lose(ASKED_TO_END):
+        return _run(args, defects, preemption)
+
+
+def _run(args: Args, defects: frozenset[str], preemption: Preemption) -> int:
+    # imported late: --help and the errors above need none of it
     from jaxmed.api import load
     from jaxmed.generate.journal import Journal
     from jaxmed.generate.sampling import Sampling
@@ -127,8 +136,9 @@ def run(argv: list[str]) -> int:
     try:
         if share:
             writer = Writer(model, request, args.batch)
-            with _progress(len(share)) as advance:
-                problems += writer.run(share, usable, journal, skip, advance)
+            with _progress(len(share)) as advance, preemption.holding():
+                leave = partial(preemption.leave_if_reached, ASKED_TO_END)
+                problems += writer.run(share, usable, journal, skip, advance, leave)
     finally:
         journal.close()
     bad = {problem.where for problem in problems}

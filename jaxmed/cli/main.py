@@ -8,9 +8,9 @@ import sys
 import threading
 
 import jaxmed
-from jaxmed.errors import UserError
+from jaxmed.errors import REQUEUE, Preempted, UserError
 
-COMMANDS = ("quickstart", "train", "generate", "evaluate", "encode", "preview", "convert", "inspect")
+COMMANDS = ("quickstart", "train", "generate", "evaluate", "encode", "preview", "convert", "inspect", "plan")
 
 
 def overview() -> str:
@@ -63,7 +63,10 @@ def run(argv: list[str]) -> int:
         return importlib.import_module(f"jaxmed.cli.{command}").run(rest)
     except UserError as error:
         print(f"jaxmed {command}: {error}", file=sys.stderr)
-        return 2
+        return error.code
+    except Preempted as stop:
+        print(f"jaxmed {command}: {stop}", file=sys.stderr)
+        return REQUEUE
     except KeyboardInterrupt:
         print(f"\njaxmed {command}: stopped; what was finished is kept, the same command goes on", file=sys.stderr)
         return 130

@@ -9,15 +9,15 @@ import tyro
 from jaxmed.cli import common
 from jaxmed.cli.validate import given_flags, resolve
 from jaxmed.config import Experiment
-from jaxmed.distributed import initialise, leave, say
-from jaxmed.errors import UserError
+from jaxmed.distributed import initialise, leave, say, together
+from jaxmed.errors import REQUEUE, Preempted, UserError
 from jaxmed.train.loop import fit
 
 HELP = "Fine-tune a model on records and their images; the same command goes on after an interruption"
 
 DESCRIPTION = """Train what CONFIG describes: a shipped config by name ({configs})
 or the path of a Python file with get_config(). Every field of the config is a flag; the defaults below are those of {config}.
-Killed at any moment, the same command goes on.
+Killed at any moment, the same command goes on. Asked to end (SIGTERM), it saves and exits with 75.
 Short forms: --on-bad-record for --data.on-bad-record, --set KEY=VALUE for --KEY VALUE (--set lora.alpha=12).
 
     jaxmed train btb3d --model.base Llama-3.1-8B-Instruct --data.records train.json --data.embeddings encoded/ --out runs/1"""
@@ -41,6 +41,9 @@ def run(argv: list[str]) -> int:
     initialise(args.experiment.distributed)
     try:
         train(args, given_flags(flags))
+    except Preempted as stop:  # in all processes, at the same step
+        say(f"jaxmed train: {stop}")
+        return REQUEUE
     except BaseException as error:
         if jax.process_count() == 1:
             raise
@@ -49,7 +52,8 @@ def run(argv: list[str]) -> int:
 
 
 def train(args: Args, given: frozenset[str]) -> None:
-    experiment, notices = resolve(args.experiment, given)
+    with together():
+        experiment, notices = resolve(args.experiment, given)
     for text in notices:
         say(text)
     fit(experiment, args.out)

@@ -148,8 +148,12 @@ class Writer:
         journal: Journal,
         skip: bool,
         finished: Callable[[Record], None],
+        before_batch: Callable[[], None] = lambda: None,
     ) -> list[Problem]:
-        """`share` is what is missing and this process's to do; `everyone` all records, for images that are exchanged."""
+        """`share` is what is missing and this process's to do; `everyone` all records, for images that are exchanged.
+
+        `before_batch` is called where all that was finished is on disk.
+        """
         problems: list[Problem] = []
         self.exchange = exchanged(everyone, self.request.sampling.seed) if self.request.control == "shuffled" else {}
         waiting = iter(share)
@@ -170,6 +174,7 @@ class Writer:
                 bucket = self.scheduler.largest()
             if bucket is None:
                 continue
+            before_batch()
             for task, ids in self.scheduler.run(bucket):
                 self._answered(str(task.name), task.turn, ids, journal, finished)
         return problems

@@ -1,7 +1,8 @@
 """Training, from a config to a folder: `fit` is the recipe, in the order in which things happen.
 
 Killed at any moment, the same call goes on: state from the newest complete checkpoint, data by step number, dropout by (seed,
-step); metrics beyond that step are dropped and written again. The result is the undisturbed run's, bit for bit.
+step); metrics beyond that step are dropped and written again. The result is the undisturbed run's, bit for bit. Asked to end
+(SIGTERM), all processes save at the same step and leave.
 """
 
 import dataclasses
@@ -20,11 +21,13 @@ from jaxmed.config import Experiment, to_dict
 from jaxmed.data.pipeline import batches, evaluation_batches
 from jaxmed.data.plan import GlobalBatch
 from jaxmed.distributed import is_first, say
-from jaxmed.errors import UserError
+from jaxmed.errors import Preempted, UserError
+from jaxmed.preemption import Preemption, listening
 from jaxmed.sharding import make_mesh
 from jaxmed.train.diagnose import explain_poison
 from jaxmed.train.flops import peak_flops, step_flops, weight_counts
 from jaxmed.train.folder import Skipped, open_run
+from jaxmed.train.hosts import check_hosts
 from jaxmed.train.init import Blueprint, abstract_state, blueprint, first_state, flatten, frozen_half, start
 from jaxmed.train.optim import make_optimizer, schedule
 from jaxmed.train.sources import Sources, open_data
@@ -32,6 +35,8 @@ from jaxmed.train.statistics import token_statistics
 from jaxmed.train.step import Metrics, TokenCrossEntropy, make_eval_step, make_step
 from jaxmed.train.writer import Silent, Writer
 from jaxmed.types import Batch, TrainState
+
+UNBEGUN = "asked to end before a step was made; the same command goes on"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +59,34 @@ def fit(experiment: Experiment, out: str, devices: Sequence[jax.Device] | None =
 
     `devices`: those of the mesh; all of the job by default.
     """
+    check_hosts(experiment, out)
     open_run(out, experiment)
     mesh = make_mesh(experiment.mesh, devices)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), listening() as preemption:
         model = blueprint(experiment, mesh)
         if not model.trainable:
             raise UserError("nothing would be trained; set lora.rank above 0, or train.trainable to projector or all")
         checkpoints = Checkpoints(out, experiment.train.keep)
         try:
-            # resume priority: the newest complete checkpoint of this folder; else model.adapter over the base; else the base;
-            # else from scratch
-            found = checkpoints.restore(abstract_state(model), say)
-            if found and found[1]["step"] == found[1]["total_steps"]:
-                checkpoints.close()
-                return already_finished(out, found[1]["step"])
-            sources = open_data(experiment, out)
-            total = sources.plan.total_steps(experiment.train)
-            state, frozen = going_on(model, sources, *found, out) if found else fresh(model, sources)
-            summary = Run(model, sources, frozen, checkpoints, out, total, int(state.step)).train(state)
+            with preemption.nothing_to_lose(UNBEGUN):
+                # resume priority: the newest complete checkpoint of this folder; else model.adapter over the base; else the
+                # base; else from scratch
+                found = checkpoints.restore(abstract_state(model), say)
+                if found and found[1]["step"] == found[1]["total_steps"]:
+                    checkpoints.close()
+                    return already_finished(out, found[1]["step"])
+                preemption.leave_if_reached(UNBEGUN)
+                sources = open_data(experiment, out)
+                total = sources.plan.total_steps(experiment.train)
+                preemption.leave_if_reached(UNBEGUN)
+                state, frozen = going_on(model, sources, *found, out) if found else fresh(model, sources)
+                preemption.leave_if_reached(UNBEGUN)
+            owed = bool(found and found[1].get("evaluation_owed"))
+            summary = Run(model, sources, frozen, checkpoints, preemption, out, total, int(state.step)).train(state, owed)
+        except Preempted:
+            checkpoints.wait()
+            checkpoints.close()
+            raise
         except BaseException:
             if jax.process_count() == 1:  # among several, waiting for a save may be waiting for one that is dead
                 checkpoints.abandon()
@@ -142,12 +157,14 @@ class Run:
         sources: Sources,
         frozen: Any,
         checkpoints: Checkpoints,
+        preemption: Preemption,
         out: str,
         total: int,
         begin: int,
     ):
         self.model, self.experiment, self.sources, self.frozen = model, model.experiment, sources, frozen
-        self.checkpoints, self.total, self.begin = checkpoints, total, begin
+        self.checkpoints, self.preemption, self.out = checkpoints, preemption, out
+        self.total, self.begin = total, begin
         optimizer = make_optimizer(self.experiment.optim, total, model.trainable)
         objective = TokenCrossEntropy(model.graphdef, model.rules, model.experiment)
         self.step = make_step(objective, model.experiment, optimizer)
@@ -172,12 +189,15 @@ class Run:
         self.since, self.number = Window(), begin
         self.loss = self.eval_loss = math.nan
 
-    def train(self, state: TrainState) -> Summary:
-        """All steps from `begin` on. A step's metrics are read while the next one runs."""
+    def train(self, state: TrainState, owed: bool) -> Summary:
+        """All steps from `begin` on; a step's metrics are read while the next one runs. `owed`: `begin` was not evaluated."""
         loader = batches(
             self.sources.train, self.sources.plan, self.begin, self.model.mesh, self.model.rules, self.total, self.leave_out
         )
         try:
+            if owed and self.evaluate(self.begin, state):
+                raise Preempted(UNBEGUN)
+            self.since = Window()
             pending: Done | None = None
             for number in range(self.begin + 1, self.total + 1):
                 self.number = number
@@ -185,11 +205,13 @@ class Run:
                 state, metrics = self.step(state, self.frozen, batch)
                 self.log(pending)
                 pending = Done(number, metrics, plan, batch, loader.data_wait)
-                if self.due(number, self.experiment.train.save_every) or self.due(number, self.experiment.train.eval_every):
+                stop = self.preemption.reached() and number < self.total
+                train = self.experiment.train
+                if stop or self.due(number, train.save_every) or self.due(number, train.eval_every):
                     # nothing is evaluated or saved before it is known to be sound
                     self.log(pending)
                     pending = None
-                    self.boundary(number, state)
+                    self.boundary(number, state, stop)
             return Summary(self.total, self.loss, self.eval_loss, self.begin, self.step._cache_size(), self.skipped.count)
         finally:
             loader.close()
@@ -199,13 +221,19 @@ class Run:
     def due(self, number: int, every: int) -> bool:
         return number == self.total or (every > 0 and number % every == 0)
 
-    def boundary(self, number: int, state: TrainState) -> None:
-        """Evaluation before saving, so that a checkpoint has the rows of its step before it."""
+    def boundary(self, number: int, state: TrainState, stop: bool) -> None:
+        """Evaluation before saving, so that a checkpoint has the rows of its step before it. `stop`: save and leave; there is
+        no time to evaluate, who goes on does it first."""
         began = time.perf_counter()
-        if self.sources.held_out is not None and self.due(number, self.experiment.train.eval_every):
-            self.evaluate(number, state)
-        if self.due(number, self.experiment.train.save_every):
-            self.checkpoints.save(state, self.meta | {"step": number})
+        due = self.sources.held_out is not None and self.due(number, self.experiment.train.eval_every)
+        if due and not stop:
+            stop = self.evaluate(number, state)
+            due = stop
+        if stop or self.due(number, self.experiment.train.save_every):
+            self.checkpoints.save(state, self.meta | {"step": number, "evaluation_owed": due})
+        if stop:
+            self.checkpoints.wait()
+            raise Preempted(f"asked to end: step {number} of {self.total} is saved in {self.out}; the same command goes on")
         self.since.leave_out(time.perf_counter() - began)
 
     def log(self, done: Done | None) -> None:
@@ -235,18 +263,25 @@ class Run:
         }
         self.writer.step(row, {"mfu": window.flops / seconds / self.peak if self.peak else 0.0})
 
-    def evaluate(self, number: int, state: TrainState) -> None:
-        """Loss over all supervised tokens of the held-out records, without dropout."""
+    def evaluate(self, number: int, state: TrainState) -> bool:
+        """Loss over all supervised tokens of the held-out records, without dropout. -> whether to stop instead of it."""
         began = time.perf_counter()
         loader = evaluation_batches(self.sources.held_out, self.model.mesh, self.model.rules, self.leave_out)
         sums = []
+        stop = False
         for _, batch in loader:
             sums.append(self.eval_step(state.trainable, self.frozen, batch))
+            stop = self.preemption.reached() and number < self.total
+            if stop:
+                break
         loader.close()
+        if stop:
+            return True
         total, count = (sum(float(s[i]) for s in sums) for i in range(2))
         self.eval_loss = total / max(count, 1.0)
         row = {"step": number, "eval_loss": self.eval_loss, "eval_tokens": int(count)}
         self.writer.evaluation(row | {"seconds": time.perf_counter() - began})
+        return False
 
     def leave_out(self, problem: Any) -> None:
         """A sample whose files cannot be read, under --on-bad-record skip."""

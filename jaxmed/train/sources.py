@@ -8,7 +8,7 @@ from jaxmed.config import Experiment
 from jaxmed.data.dataset import Dataset, scan
 from jaxmed.data.plan import Plan
 from jaxmed.data.tokenizer import Tokenizer
-from jaxmed.distributed import barrier, is_first, say
+from jaxmed.distributed import barrier, is_first, say, together
 from jaxmed.errors import BadRecords, Problem, UserError
 
 
@@ -30,8 +30,9 @@ class Sources:
 
 def open_data(experiment: Experiment, out: str) -> Sources:
     """Tokenizer (copied into the run) and data sets."""
-    tokenizer = open_tokenizer(experiment)
-    train, held_out = _scan_both(experiment, tokenizer)
+    with together():
+        tokenizer = open_tokenizer(experiment)
+        train, held_out = _scan_both(experiment, tokenizer)
     for text in dict.fromkeys(train.notices + (held_out.notices if held_out else ())):
         say(text)
     digest = hashlib.sha256(repr([(s.record.id, s.size) for s in train.samples]).encode()).hexdigest()

@@ -13,14 +13,11 @@ import numpy as np
 import pytest
 
 from jaxmed.checkpoint.manager import complete_steps
-from jaxmed.config import DistributedConfig
-from jaxmed.distributed import REQUEUE, wanted
-from jaxmed.errors import UserError
+from jaxmed.errors import REQUEUE
 from jaxmed.train.writer import read_rows
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "btb3d"
 STEPS = 4
-SRUN = {"SLURM_STEP_NODELIST": "node[1-4]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 
 
@@ -134,28 +131,3 @@ def test_a_process_that_loses_its_peer_leaves_for_the_queue(tmp_path: Path) -> N
             process.wait()
     assert processes[0].returncode == REQUEUE, said
     assert "process 0 of 2" in said
-
-
-def test_half_a_job_description_is_refused() -> None:
-    with pytest.raises(UserError, match="go together"):
-        wanted(DistributedConfig(coordinator="localhost:1234"), {})
-    with pytest.raises(UserError, match="must be below"):
-        wanted(DistributedConfig("localhost:1234", processes=2, process=2), {})
-
-
-@pytest.mark.parametrize(
-    ("environment", "several"),
-    [
-        ({}, False),
-        (SRUN | {"SLURM_NTASKS": "1"}, False),
-        (SRUN | {"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, True),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # a batch script, before srun
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
-        ({"JAX_COORDINATOR_ADDRESS": "job-0:1234"}, True),
-    ],
-    ids=str,
-)
-def test_the_environment_decides_where_the_flags_are_silent(environment: dict[str, str], several: bool) -> None:
-    assert wanted(DistributedConfig(), environment) == several
-    assert not wanted(DistributedConfig("localhost:1", processes=1, process=0), environment)
