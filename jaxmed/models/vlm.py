@@ -119,11 +119,14 @@ class Vlm(nnx.Module):
         mask = batch.segment_ids != 0
         if self.model.fusion.text_scope == "all":
             return mask
-        # the question: what comes before the first supervised token, without the image's places
+        # The question: what comes behind the placeholders and before the first supervised token. Its first id may have lost its
+        # place to an image token, and a placeholder may have kept its own (data.splice offset without a BOS).
+        placeholder = jnp.max(jnp.where(batch.image_index == 0, batch.tokens, -1), axis=1, keepdims=True)
+        start = jnp.max(jnp.where(batch.tokens == placeholder, batch.positions, -1), axis=1, keepdims=True)
         whole = jax.sharding.reshard(batch.positions, rules.spec("batch", None))
         at = jnp.take_along_axis(whole, jnp.maximum(batch.supervised, 0), axis=1)
         last = jnp.min(jnp.where(batch.supervised >= 0, at, batch.positions.shape[1]), axis=1, keepdims=True)
-        return mask & (batch.image_index < 0) & (batch.positions <= last)
+        return mask & (batch.positions > start) & (batch.positions <= last)
 
     def image_tokens(self, batch: Batch, rules: Rules) -> jax.Array:
         """Every image of the batch as the decoder reads it, [B, I * places, D]."""

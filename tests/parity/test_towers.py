@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from spec_fill import fill, filled_by_name
 from tower_pair import (
     RULES,
     Dino,
@@ -227,19 +228,6 @@ def test_dino_positions_are_resized_as_its_own_code_does(size):
     graphdef, params = tower_pair(model, config, TOWER_PREFIX)
     want = model.positions(*size, (size[0] // 7) * (size[1] // 7))[0].detach()
     close(nnx.merge(graphdef, params).position_table(size, RULES), want, 1e-6)
-
-
-def fill(shape: tuple[int, ...], h: int) -> np.ndarray:
-    """Numbers from -0.5 to 0.5 that need no generator: a hash of the flat index and of `h`."""
-    i = np.arange(math.prod(shape), dtype=np.uint64)
-    return (((i * 2654435761 + h * 97531 + 12345) % 2**32) / 2**32 - 0.5).reshape(shape)
-
-
-def filled_by_name(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    u = fill(shape, sum(name.encode()) % 97)
-    if name.endswith("bias"):
-        return (0.2 * u).astype(np.float32)
-    return (1 + 0.2 * u if name.endswith("weight") and len(shape) == 1 else 0.5 * u).astype(np.float32)
 
 
 def test_dino_gives_the_values_that_upstreams_modules_gave():
