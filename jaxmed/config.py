@@ -50,6 +50,8 @@ __all__ = [
     "to_json",
 ]
 
+AttentionBackend = Literal["auto", "xla", "cudnn", "splash"]
+
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -234,6 +236,9 @@ class TrainConfig:
     """What is recomputed backward: nothing, each block, or each block but its attention (`offload` keeps that on the host)."""
     loss_chunk: int = 256
     """Supervised positions whose logits exist at once."""
+    attention: AttentionBackend = "auto"
+    """What computes the decoder's attention, in generation too: `splash` (TPUs), `cudnn` (NVIDIA GPUs, bfloat16, unpacked
+    rows, context 1) or plain `xla` (anything); `auto`: the device's own, and xla where that cannot express what is asked."""
     attention_chunk: int = 512
     """Queries and keys whose scores exist at once."""
     save_every: int = 500

@@ -24,7 +24,7 @@ from jaxmed.config import Experiment
 from jaxmed.generate.sampling import NEGATIVE, Sampling, choose
 from jaxmed.models.decoder import empty_cache
 from jaxmed.models.vlm import Vlm
-from jaxmed.nn.attention import Layout
+from jaxmed.nn.attention import layout_for
 from jaxmed.sharding import Rules
 from jaxmed.types import Batch, DecodeState
 
@@ -144,7 +144,7 @@ def _prefill(model: Vlm, batch: Batch, experiment: Experiment, rules: Rules, slo
     dtype = jnp.dtype(experiment.model.dtype)
     config = model.decoder.config
     cache = empty_cache(config, batch.tokens.shape[0], slots, dtype, model.decoder.split, rules)
-    layout = Layout(batch.order, experiment.train.attention_chunk)
+    layout = layout_for(experiment.train, batch.order, packed=False)
     h = model.embed(batch, rules)
     return model.decoder.prefill(h, batch.positions, batch.segment_ids, cache, layout, rules)
 

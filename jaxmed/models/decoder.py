@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxmed.config import DecoderConfig, LoraConfig
+from jaxmed.nn import attention_cudnn
 from jaxmed.nn.attention import Layout, Mask, attention, cached_attention
 from jaxmed.nn.block import Block
 from jaxmed.nn.dropout import Dropout
@@ -228,8 +229,10 @@ def rematerialised(body: Any, remat: str) -> Any:
     if remat == "none":
         return body
     if remat == "attention":
-        names = ("qkv", "attention_out", "attention_lse")
-        return jax.checkpoint(body, policy=jax.checkpoint_policies.save_only_these_names(*names), prevent_cse=False)
+        policies = jax.checkpoint_policies
+        named = policies.save_only_these_names("qkv", "attention_out", "attention_lse")
+        policy = policies.save_from_both_policies(named, attention_cudnn.is_forward)
+        return jax.checkpoint(body, policy=policy, prevent_cse=False)
     if remat == "offload":
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

@@ -17,7 +17,7 @@ from jaxmed.models.decoder import Decoder
 from jaxmed.models.fusion import Fusion
 from jaxmed.models.projector import Projector
 from jaxmed.models.vit import Vit
-from jaxmed.nn.attention import Layout
+from jaxmed.nn.attention import layout_for
 from jaxmed.nn.dropout import Draws, mix
 from jaxmed.sharding import Rules
 from jaxmed.types import Batch
@@ -41,7 +41,7 @@ class Vlm(nnx.Module):
                 self.aggregator = Aggregator(model.aggregator, model.tower.width, key_projector)
                 self.fusion = Fusion(model.fusion, *widths, key_fusion)
         self.model, self.dtype = model, model.dtype
-        self.remat, self.chunk = experiment.train.remat, experiment.train.attention_chunk
+        self.remat, self.train, self.packed = experiment.train.remat, experiment.train, experiment.data.pack
 
     @property
     def has_images(self) -> bool:
@@ -49,7 +49,7 @@ class Vlm(nnx.Module):
 
     def __call__(self, batch: Batch, rules: Rules, draws: Draws | None) -> jax.Array:
         """-> hidden states after the final norm [B, T, D]"""
-        layout = Layout(batch.order, self.chunk)
+        layout = layout_for(self.train, batch.order, self.packed)
         tokens, samples = (draws.tokens, draws.samples) if draws is not None else (None, None)
         h = self.embed(batch, rules, samples)
         return self.decoder(h, batch.positions, batch.segment_ids, layout, rules, self.remat, tokens)

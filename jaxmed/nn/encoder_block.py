@@ -77,7 +77,7 @@ def attend_within(segment_ids: jax.Array, rules: Rules, mask: Mask | None = None
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         # the mask asks for no order, so any numbers serve as positions
-        return attention(q, k, v, segment_ids, segment_ids, mask, Layout("any", CHUNK), rules)
+        return attention(q, k, v, segment_ids, segment_ids, mask, Layout("any", CHUNK, "xla"), rules)
 
     return attend
 

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxmed.config import MeshConfig
-from jaxmed.nn.attention import Layout, Mask, attention, cached_attention, chunk_length
+from jaxmed.nn.attention import Layout, Mask, attention, cached_attention
+from jaxmed.nn.attention_xla import chunk_length
 from jaxmed.sharding import Rules, balanced_order, make_mesh
 
 HEADS, KV_HEADS, WIDTH = 6, 3, 5
@@ -124,7 +125,7 @@ def ours(inputs, weights, positions, segments, mask, chunk, shape=ONE, order="na
             positions=place(positions, *row),
             segment_ids=place(segments, *row),
             mask=mask,
-            layout=Layout(order, chunk),
+            layout=Layout(order, chunk, "xla", True),
             rules=rules,
         )
         placed = [place(inputs[0], *heads), place(inputs[1], *kv_heads), place(inputs[2], *kv_heads)]

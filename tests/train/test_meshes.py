@@ -133,7 +133,7 @@ def test_attention_does_half_of_the_square_on_every_shard(context: int) -> None:
     """Forward and backward, of 2 and of 5 products a pair of chunks."""
     batch, length, heads, kv_heads, width = 1, 1024, 4, 2, 16
     rules = Rules()
-    layout = Layout("balanced" if context > 1 else "natural", 32)
+    layout = Layout("balanced" if context > 1 else "natural", 32, "xla", True)
 
     def run(q, k, v, positions, segments):
         def total(q, k, v):

@@ -1,0 +1,67 @@
+"""Attention by cuDNN's flash kernel on NVIDIA GPUs, for rows that hold one segment.
+
+cuDNN knows causal, a window behind the query, and a length a row; padding must stand at the end. A row padded on the left is
+turned so that its tokens come first, and its result turned back. Several segments in a row (packing) and a share of T against
+all keys (context shards) cannot be said to it without a mask of T x T, so these go to XLA.
+
+Axis letters: B batch, T queries and keys, Q query heads, K kv heads, H head width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmed.nn.attention_mask import Layout, Mask
+
+WIDEST_HEAD = 128
+
+
+def is_forward(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a primitive is the forward kernel: a checkpoint policy, since JAX gives the kernel's results no name."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+def obstacle(mask: Mask, layout: Layout, platform: str, dtype: jnp.dtype, width: int, context: int) -> str:
+    """Why the kernel cannot serve; "": it can."""
+    if platform not in ("gpu", "cuda"):
+        return f"cuDNN runs on NVIDIA GPUs, and this mesh's devices are {platform}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN's flash attention takes bfloat16, not {jnp.dtype(dtype).name}"
+    if width > WIDEST_HEAD or width % 8:
+        return f"cuDNN's flash attention takes heads of a multiple of 8 up to {WIDEST_HEAD} wide, not {width}"
+    if context > 1:
+        return "cuDNN cannot say which part of T a context shard has"
+    if layout.packed:
+        return "cuDNN cannot keep the samples of a packed row apart"
+    if layout.order == "any" and mask.ordered:
+        return "cuDNN needs T in natural order"
+    if mask.window and not mask.causal:
+        return "cuDNN has windows for causal attention alone"
+    return ""
+
+
+def local_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask) -> jax.Array:
+    """One shard's part, inside shard_map: q [B, T, Q, H], k and v [B, T, K, H], segments [B, T] -> [B, T, Q, H]"""
+    exists = (segments != 0)[..., None, None]
+    count = jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
+    first = jnp.argmax(segments != 0, axis=1).astype(jnp.int32)
+
+    def turned(x: jax.Array, by: jax.Array) -> jax.Array:
+        at = (jnp.arange(x.shape[1], dtype=jnp.int32) + by[:, None]) % x.shape[1]
+        return jnp.take_along_axis(x, at[..., None, None], axis=1)
+
+    # whatever the kernel leaves in padding, forward and backward, is replaced by 0
+    q, k, v = (turned(jnp.where(exists, x, 0), first) for x in (q, k, v))
+    lengths = jnp.maximum(count, 1)
+    out = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=mask.causal,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        local_window_size=(mask.window - 1, 0) if mask.window else None,
+        implementation="cudnn",
+    )
+    return jnp.where(exists, turned(out, -first), 0)
