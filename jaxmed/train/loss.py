@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmed.models.vlm import Vlm
-from jaxmed.nn.attention import chunk_length
+from jaxmed.nn.attention_xla import chunk_length
 from jaxmed.nn.dropout import Draws
 from jaxmed.sharding import Rules
 from jaxmed.types import Batch
