@@ -1,7 +1,6 @@
 """Deterministic values without a generator, for which upstream's modules have given their outputs once."""
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -17,8 +16,3 @@ def filled_by_name(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name.endswith("bias"):
         return (0.2 * u).astype(np.float32)
     return (1 + 0.2 * u if name.endswith("weight") and len(shape) == 1 else 0.5 * u).astype(np.float32)
-
-
-def filled(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """As many tensors of the same names and shapes."""
-    return {name: filled_by_name(name, array.shape) for name, array in tensors.items()}
