@@ -1,0 +1,95 @@
+"""One configuration on one topology, without compiling it: memory, FLOPs, bytes sent, roofline."""
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import jax
+
+from jaxmed.config import Experiment
+from jaxmed.plan import counts, programs
+from jaxmed.plan.jaxprs import equations
+from jaxmed.plan.memory import Memory, estimate
+from jaxmed.plan.meshes import shape_of
+from jaxmed.plan.roofline import Roofline, roofline
+from jaxmed.plan.sent import Collective, stated
+from jaxmed.plan.topology import Topology
+from jaxmed.sharding import AXES
+
+
+@dataclass(frozen=True)
+class Analysis:
+    memory: Memory
+    flops: float
+    """Of all devices: the program's, recomputation included"""
+    model_flops: float
+    """Of all devices: what the mathematics needs"""
+    kernels: list[str]
+    """Kernels whose FLOPs are a formula's"""
+    traffic: float
+    """Bytes one device reads and writes"""
+    sent: list[Collective]
+    """As the program states them"""
+    least: dict[str, float]
+    """Bytes one device must send, by mesh axis"""
+    roofline: Roofline
+    tokens: int
+    """Of one step: rows x length in training and prefill, rows in decoding"""
+    counted_loops: bool
+    """False: the program has a loop of unknown length, counted once"""
+
+    def mfu(self, topology: Topology) -> float:
+        """Expected."""
+        return self.model_flops / (self.roofline.expected * topology.chip.flops * topology.count)
+
+
+def analyse(experiment: Experiment, topology: Topology, step: programs.Step, length: int) -> Analysis:
+    """The experiment's mesh must be one of the topology (see meshes.check_mesh)."""
+    sizes = dict(zip(AXES, shape_of(experiment.mesh, topology.count), strict=True))
+    mesh = programs.abstract_mesh(tuple(sizes.values()), topology.chip.platform)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = programs.trace(experiment, mesh, step, length, topology.chip.platform)
+        trained, frozen = programs.parameter_counts(experiment, mesh)
+    jaxpr = program.traced.jaxpr.jaxpr
+    flops = traffic = 0.0
+    kernels: set[str] = set()
+    known = True
+    for equation in equations(jaxpr):
+        flops += equation.flops * equation.times
+        traffic += equation.traffic(topology.chip.on_chip) * equation.times
+        known &= equation.name != "while"
+        if equation.flops and equation.name not in ("dot_general", "conv_general_dilated"):
+            kernels.add(equation.name)
+    sent = stated(jaxpr, sizes, counts.gathered_shapes(trained | frozen))
+    by_axes: Counter[tuple[str, ...]] = Counter()
+    for c in sent:
+        by_axes[c.axes] += c.total
+    return Analysis(
+        memory=estimate(program, experiment, topology.chip.platform),
+        flops=flops * topology.count,
+        model_flops=counts.model_flops(experiment, step, length, trained, frozen),
+        kernels=sorted(kernels),
+        traffic=traffic,
+        sent=sent,
+        least=counts.least_sent(experiment, step, length, trained, frozen),
+        roofline=roofline(topology, flops, traffic, by_axes, sizes),
+        tokens=experiment.data.batch * (length if step != "decode" else 1),
+        counted_loops=known,
+    )
+
+
+def by_axis(sent: list[Collective]) -> dict[str, float]:
+    """Bytes by mesh axis; what runs over several axes together is named by all of them."""
+    sums: dict[str, float] = defaultdict(float)
+    for c in sent:
+        sums["+".join(c.axes)] += c.total
+    return dict(sums)
+
+
+def weight_bytes(sent: list[Collective]) -> float:
+    return math.fsum(c.total for c in sent if c.weight)
+
+
+def first_length(experiment: Experiment, step: str) -> int:
+    """The shortest bucket, which is what most rows have; generation: the longest."""
+    return experiment.data.buckets[0] if step == "train" else experiment.data.buckets[-1]

@@ -1,0 +1,92 @@
+"""What the mathematics of a step needs at least: FLOPs of the model, and bytes that its sharding must send.
+
+Nothing here looks at the program: these are the figures that the program's are held against.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmed.config import Experiment
+from jaxmed.models.decoder import padded_vocab
+from jaxmed.train.flops import step_flops, weight_counts
+
+
+def model_flops(experiment: Experiment, step: str, length: int, trained: dict, frozen: dict) -> float:
+    """Of all devices, without recomputation; rows are taken to be full. An image tower's are not in it (see tower_flops)."""
+    decoder, rows = experiment.model.decoder, experiment.data.batch
+    in_trained, in_frozen = weight_counts(trained, frozen)
+    if step == "train":
+        supervised = rows * experiment.data.supervised
+        return step_flops(experiment, in_trained, in_frozen, [length] * rows, supervised) + 3 * tower_flops(experiment)
+    wide = decoder.layers * decoder.heads * decoder.head_dim
+    adapters = sum(math.prod(x.shape) for half in (trained, frozen) for p, x in half.items() if p[-1] in ("lora_a", "lora_b"))
+    matrices = 2.0 * (in_trained + in_frozen - adapters)
+    head = 2.0 * padded_vocab(decoder.vocab) * decoder.width
+    if step == "prefill":
+        return rows * (length * matrices + 2.0 * wide * length * length + head) + tower_flops(experiment)
+    return rows * (matrices + 4.0 * wide * length + head)
+
+
+def tower_flops(experiment: Experiment) -> float:
+    """Forward, of all images of a batch: a third of a training step of a tower that is trained."""
+    tower, visual = experiment.model.tower, experiment.visual
+    if tower.kind == "none":
+        return 0.0
+    images = experiment.data.batch * visual.images * (visual.slices if visual.kind == "slices" else 1)
+    tokens = math.prod(tower.grid) + tower.class_token
+    layer = 2.0 * tokens * (4 * tower.width**2 + 2 * tower.width * tower.mlp) + 4.0 * tokens * tokens * tower.width
+    return images * (tower.blocks * layer + 2.0 * tokens * tower.patch_features * tower.width)
+
+
+def least_sent(experiment: Experiment, step: str, length: int, trained: dict, frozen: dict) -> dict[str, float]:
+    """Bytes that one device must send in one step, by mesh axis.
+
+    fsdp      every split frozen weight once a pass (forward and backward; the embedding forward alone), and once more a
+              microbatch; every adapter and its gradient likewise
+    context   keys and values of a layer once a pass that computes attention, and their gradients back
+    tensor    two sums over [B, T, D] a layer and pass
+    data      gradients of the trainables
+    """
+    mesh, decoder, data = experiment.mesh, experiment.model.decoder, experiment.data
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "context": mesh.context, "tensor": mesh.tensor}
+    share = {axis: (n - 1) / n for axis, n in sizes.items()}
+    training = step == "train"
+    passes = 2 if training else 1
+    sent: Counter[str] = Counter()
+    for path, leaf in frozen.items():
+        if _split(leaf, "fsdp"):
+            gathered = _local(leaf) * sizes["fsdp"]
+            sent["fsdp"] += share["fsdp"] * gathered * (1 if path[-1] == "table" else passes) * data.microbatches
+    recomputed = training and experiment.train.remat == "full"
+    rows = data.batch / (sizes["data"] * sizes["fsdp"])
+    if training:
+        for leaf in trained.values():
+            whole = _local(leaf) * (sizes["fsdp"] if _split(leaf, "fsdp") else 1)
+            if _split(leaf, "fsdp"):  # gathered in the computation's dtype forward and backward, gradients scattered
+                sent["fsdp"] += share["fsdp"] * whole * (2 * 0.5 * data.microbatches + 1)
+            else:
+                sent["fsdp"] += 2 * share["fsdp"] * whole
+            for axis in ("data", "context"):
+                sent[axis] += 2 * share[axis] * _local(leaf)
+        keys = 2 * rows * length * decoder.kv_heads * decoder.head_dim / sizes["tensor"] * 2
+        sent["context"] += share["context"] * keys * decoder.layers * (2 + recomputed)
+    tokens = rows * (length if step != "decode" else 1) / (sizes["context"] if training else 1)
+    sums = decoder.layers * 2 * (2 + recomputed if training else 1)
+    sent["tensor"] += 2 * share["tensor"] * tokens * decoder.width * 2 * sums
+    return {axis: sent[axis] for axis in sizes if sizes[axis] > 1}
+
+
+def _split(leaf: Any, axis: str) -> bool:
+    return any(axis in ((e,) if isinstance(e, str) else e or ()) for e in leaf.sharding.spec)
+
+
+def _local(leaf: Any) -> float:
+    return float(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize)
+
+
+def gathered_shapes(leaves: Mapping[tuple, Any]) -> set[tuple]:
+    """Shapes in which parameters appear when they are gathered: whole, and one layer's."""
+    shapes = {tuple(leaf.shape) for leaf in leaves.values()}
+    return shapes | {shape[1:] for shape in shapes if len(shape) > 2}

@@ -1,0 +1,98 @@
+"""Memory of one device by class, from the traced program alone (see jaxmed.plan.liveness for the rules).
+
+frozen             weights that are not trained, as they are stored
+trainable          trained parameters, float32
+optimizer          their moments
+batch              the step's inputs
+cache              keys and values (generation)
+activations        what the forward pass keeps for the backward pass, by the remat policy
+gathered weights   whole copies of split weights, one layer's at a time, and casts of weights
+logits             scores over the vocabulary, of a chunk of positions
+gradients          of the trainables
+working set        everything else that lives at the worst moment: one layer's values, attention's running sums
+compiler           what a compiler adds by itself, as a share of the sum: a cap, not a remainder
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxmed.config import Experiment
+from jaxmed.models.decoder import padded_vocab
+from jaxmed.plan.jaxprs import nbytes
+from jaxmed.plan.liveness import Machine, Value
+from jaxmed.plan.programs import Program
+
+CLASSES = (
+    "frozen",
+    "trainable",
+    "optimizer",
+    "batch",
+    "cache",
+    "activations",
+    "gathered weights",
+    "logits",
+    "gradients",
+    "working set",
+    "compiler",
+)
+COMPILER_SHARE = 0.03
+"""Alignment, padding of tiles, small temporaries: seen between 0 and 5% of the whole"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device at the worst moment."""
+
+    classes: dict[str, int]
+    largest: list[tuple[int, str, str]]
+    """(bytes, class, what) of the largest buffers"""
+
+    @property
+    def total(self) -> int:
+        return sum(self.classes.values())
+
+    @property
+    def worst(self) -> str:
+        """The largest class."""
+        return max(self.classes, key=lambda name: self.classes[name])
+
+
+def estimate(program: Program, experiment: Experiment, platform: str) -> Memory:
+    jaxpr = program.traced.jaxpr.jaxpr
+    model = experiment.model
+    vocab = padded_vocab(model.decoder.vocab + len(model.added_tokens))
+    trained = {v.aval.shape for v, c in zip(jaxpr.invars, program.classes, strict=True) if c == "trainable"}
+    layers = model.decoder.layers
+
+    def label(eqn: Any, out: Any, machine: Machine) -> str:
+        shape = out.aval.shape
+        if len(shape) > 1 and (shape[-1] == vocab or (shape[0] == vocab and len(shape) == 2)):
+            return "logits"
+        if eqn.primitive.name == "scan" and machine.loops == 0 and shape[:1] == (layers,) and shape not in trained:
+            return "activations"
+        if shape in trained or (machine.loops and (layers, *shape) in trained):
+            return "gradients"
+        return "working set"
+
+    machine = Machine(platform == "tpu", label)
+    arguments = []
+    for v, kind, donated, name in zip(jaxpr.invars, program.classes, program.donated, program.names, strict=True):
+        buffer = machine.make(nbytes(v.aval), kind, f"{v.aval.str_short(short_dtypes=True)} {name}")
+        buffer.readers += 1 if donated else 2  # the caller keeps what is not donated
+        arguments.append(Value((buffer,), kind in ("frozen", "trainable")))
+    machine.check()
+    machine.run(jaxpr, arguments)
+    classes = {name: machine.peak.classes.get(name, 0) for name in CLASSES}
+    classes["compiler"] = round(COMPILER_SHARE * sum(classes.values()))
+    return Memory(classes, machine.peak.largest)
+
+
+def measured(stats: Mapping[str, int]) -> int:
+    """Bytes of one device by a compiler's own account: arguments, results that are no argument's memory, temporaries."""
+    return stats["argument"] + stats["output"] - stats["alias"] + stats["temp"]
+
+
+def shard(shape: tuple[int, ...], itemsize: int) -> int:
+    return math.prod(shape) * itemsize

@@ -1,0 +1,129 @@
+"""A plan as plain data: what `jaxmed plan` prints, saves as plan.json and draws."""
+
+import math
+from collections import Counter
+from typing import Any
+
+from jaxmed.config import Experiment, to_dict
+from jaxmed.plan import sent, verdict
+from jaxmed.plan.analysis import Analysis, analyse, by_axis
+from jaxmed.plan.collectives import from_rows
+from jaxmed.plan.lowering import Compiled, compile_step
+from jaxmed.plan.topology import Topology
+from jaxmed.sharding import AXES
+
+
+def make_plan(
+    experiment: Experiment,
+    topology: Topology,
+    step: str,
+    length: int,
+    samples: int,
+    price: float,
+    compiles: bool,
+    timeout: float,
+) -> dict[str, Any]:
+    """`samples`: records of the data set, where the config counts epochs (0: unknown); `price`: a chip's hour (0: unknown)."""
+    found = analyse(experiment, topology, step, length)
+    compiled = compile_step(experiment, topology, step, length, timeout) if compiles else None
+    used = compiled.used if compiled else found.memory.total
+    fits = used <= topology.chip.hbm and (compiled is None or compiled.fits)
+    help_ = None if fits else verdict.best_help(experiment, topology, step, length)
+    small = verdict.smallest(experiment, topology, step, length)
+    largest = next((what for _, label, what in found.memory.largest if label == found.memory.worst), "")
+    return {
+        "verdict": verdict.sentence(used, topology, found.memory.worst, largest, help_, small),
+        "fits": fits,
+        "topology": {"name": topology.name, "chip": topology.chip.kind, "chips": topology.chips, "devices": topology.count},
+        "step": step,
+        "length": length,
+        "mesh": dict(zip(AXES, _mesh(experiment), strict=True)),
+        "memory": memory_part(found, compiled, topology),
+        "flops": flops_part(found, compiled, topology),
+        "sent": sent_part(found, compiled),
+        "time": time_part(experiment, topology, step, found, samples, price),
+        "warnings": warnings(found, compiled),
+        "config": to_dict(experiment),
+    }
+
+
+def _mesh(experiment: Experiment) -> tuple[int, int, int, int]:
+    mesh = experiment.mesh
+    return mesh.data, mesh.fsdp, mesh.context, mesh.tensor
+
+
+def memory_part(found: Analysis, compiled: Compiled | None, topology: Topology) -> dict[str, Any]:
+    part: dict[str, Any] = {
+        "capacity": topology.chip.hbm,
+        "classes": found.memory.classes,
+        "total": found.memory.total,
+        "largest": [{"bytes": b, "class": c, "what": w} for b, c, w in found.memory.largest[:20]],
+    }
+    if compiled:
+        part["compiler"] = {"total": compiled.used, "fits": compiled.fits, **compiled.memory}
+        part["model_over_compiler"] = found.memory.total / compiled.used
+    return part
+
+
+def flops_part(found: Analysis, compiled: Compiled | None, topology: Topology) -> dict[str, Any]:
+    part = {
+        "step": found.flops,
+        "model": found.model_flops,
+        "ratio": found.flops / found.model_flops,
+        "device": found.flops / topology.count,
+        "kernels_by_formula": found.kernels,
+    }
+    return part | ({"compiler_loops_once": compiled.flops} if compiled else {})
+
+
+def sent_part(found: Analysis, compiled: Compiled | None) -> dict[str, Any]:
+    read = bool(compiled and not compiled.text)
+    rows = from_rows(compiled.collectives) if read else found.sent
+    axes = by_axis(rows)
+    return {
+        "from": "the compiled module" if read else "the traced program",
+        "why": compiled.text if compiled else "nothing was compiled",
+        "axes": axes,
+        "stated": by_axis(found.sent),
+        "least": found.least,
+        "rows": [
+            {"kind": c.kind, "axes": list(c.axes), "bytes": c.bytes, "source": c.source, "array": f"{c.dtype}{list(c.shape)}"}
+            for c in sent.merged(rows)
+        ],
+    }
+
+
+def time_part(
+    experiment: Experiment, topology: Topology, step: str, found: Analysis, samples: int, price: float
+) -> dict[str, Any]:
+    line = found.roofline
+    part: dict[str, Any] = {
+        "seconds": line.seconds,
+        "bound": line.bound,
+        "least": line.least,
+        "expected": line.expected,
+        "mfu": found.mfu(topology),
+        "tokens_per_second": found.tokens / line.expected,
+        "tokens_per_second_chip": found.tokens / line.expected / topology.chips,
+    }
+    train, data = experiment.train, experiment.data
+    steps = train.steps or math.ceil(train.epochs * samples / data.batch)
+    if step == "train" and steps:
+        hours = steps * line.expected / 3600
+        part |= {"steps": steps, "hours": hours, "chip_hours": hours * topology.chips}
+        if price:
+            part |= {"price": price, "money": hours * topology.chips * price}
+    return part
+
+
+def warnings(found: Analysis, compiled: Compiled | None) -> list[str]:
+    notes = list(compiled.notes) if compiled else []
+    if not found.counted_loops:
+        notes.append("the program has a loop whose length is not known; it is counted once")
+    whole = found.memory.total
+    repeated = Counter(what for _, label, what in found.memory.largest if label in ("working set", "activations"))
+    sizes = {what: b for b, _, what in found.memory.largest}
+    for what, times in repeated.items():
+        if sizes[what] > 0.2 * whole and times > 1:
+            notes.append(f"{times} arrays {what} of {verdict.gigabytes(sizes[what])} each live at once")
+    return notes

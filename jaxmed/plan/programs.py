@@ -1,0 +1,156 @@
+"""The programs that a plan is about, traced with abstract arrays from the config alone: no data, no weights, no devices.
+
+    train     one optimizer step (jaxmed.train.step), as `jaxmed train` runs it
+    prefill   a prompt of a whole bucket into an empty cache, and the logits of its last position
+    decode    one token with a cache of the bucket's length
+
+The mesh may be one of devices, of described devices (a topology), or abstract; it must be entered.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
+
+from jaxmed.config import Experiment, LoraConfig
+from jaxmed.data.inputs import image_array_shape, image_ndim
+from jaxmed.generate.weights import splits_layers
+from jaxmed.models.decoder import empty_cache
+from jaxmed.models.vlm import Vlm
+from jaxmed.nn.attention import layout_for
+from jaxmed.sharding import AXES, Rules, batch_specs, rules_for, state_specs, to_shardings
+from jaxmed.train.init import abstract_state, blueprint, flatten
+from jaxmed.train.optim import make_optimizer
+from jaxmed.train.step import TokenCrossEntropy, make_step
+from jaxmed.types import Batch, KVCache
+
+Step = Literal["train", "prefill", "decode"]
+AnyMesh = Mesh | AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A traced program and what each of its arguments is."""
+
+    traced: Any
+    """What `jax.jit(...).trace` gives"""
+    classes: list[str]
+    """Class of memory of each flat argument (see jaxmed.plan.memory)"""
+    donated: list[bool]
+    """Whether its memory is used for a result"""
+    names: list[str]
+    """Path of each flat argument"""
+
+
+def abstract_mesh(shape: Sequence[int], platform: str) -> AbstractMesh:
+    """A mesh of devices that nobody has; their platform decides about attention's backend."""
+    device = AbstractDevice(platform, None, platform)
+    return AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES), abstract_device=device)
+
+
+def abstract_batch(experiment: Experiment, mesh: AnyMesh, rules: Rules, rows: int, length: int) -> Batch:
+    """Shapes and shardings of a batch of one bucket."""
+    data, visual = experiment.data, experiment.visual
+    order = "balanced" if rules.length and mesh.shape["context"] > 1 else "natural"
+    along_t, by_label = ((rows, length), jnp.int32), ((rows, data.supervised), jnp.int32)
+    images = visual.images if visual.kind != "none" else 0
+    described = dict.fromkeys(("tokens", "positions", "segment_ids", "image_index"), along_t) | {
+        "supervised": by_label,
+        "labels": by_label,
+        "images": image_array_shape(visual, rows, images, visual.tokens),
+        "image_token_mask": ((rows, images, visual.tokens), jnp.bool),
+        "image_grid": ((rows, images, 3), jnp.int32),
+    }
+    specs = batch_specs(rules, order, image_ndim(visual))
+    leaves = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, getattr(specs, name)))
+        for name, (shape, dtype) in described.items()
+    }
+    return Batch(**leaves, order=order)
+
+
+def trace(experiment: Experiment, mesh: AnyMesh, step: Step, length: int, platform: str) -> Program:
+    """`length`: a bucket of training, a prompt's bucket, or the cache's slots."""
+    if step == "train":
+        return train_step(experiment, mesh, length)
+    return generation(experiment, mesh, step, length, platform)
+
+
+def train_step(experiment: Experiment, mesh: AnyMesh, length: int) -> Program:
+    plan = blueprint(experiment, mesh)
+    batch = abstract_batch(experiment, mesh, plan.rules, experiment.data.batch, length)
+    objective = TokenCrossEntropy(plan.graphdef, plan.rules, experiment)
+    step = make_step(objective, experiment, make_optimizer(experiment.optim, 1000, plan.trainable))
+    state = abstract_state(plan)
+    traced = step.trace(state, plan.frozen, batch)
+    labelled = [
+        ("optimizer", state.step),
+        ("trainable", state.trainable),
+        ("optimizer", state.opt_state),
+        ("frozen", plan.frozen),
+        ("batch", batch),
+    ]
+    return _program(traced, labelled, ("trainable", "optimizer"))
+
+
+def generation(experiment: Experiment, mesh: AnyMesh, step: Step, length: int, platform: str) -> Program:
+    """Adapters merged, as `jaxmed generate` does before it starts."""
+    shape = dict(mesh.shape)
+    merged = dataclasses.replace(experiment, lora=LoraConfig(rank=0))
+    rules = dataclasses.replace(rules_for(merged, shape), length=())
+    dtype, split = jnp.dtype(merged.model.dtype), splits_layers(platform)
+    graphdef, state = nnx.split(jax.eval_shape(lambda: Vlm(merged, jax.random.key(0), split=split)))
+    shardings = to_shardings(state_specs(state, rules), mesh)
+    params = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding), nnx.to_pure_dict(state), shardings
+    )
+    decoder, rows = merged.model.decoder, experiment.data.batch
+    if step == "prefill":
+        batch = abstract_batch(merged, mesh, rules, rows, length)
+
+        def prefill(params: Any, batch: Batch) -> tuple[jax.Array, KVCache]:
+            model = nnx.merge(graphdef, params)
+            cache = empty_cache(decoder, rows, length, dtype, split, rules)
+            layout = layout_for(merged.train, batch.order, packed=False)
+            hidden, cache = model.decoder.prefill(
+                model.embed(batch, rules), batch.positions, batch.segment_ids, cache, layout, rules
+            )
+            return jnp.argmax(model.decoder.logits(hidden[:, -1:], rules, None)[:, 0], axis=-1), cache
+
+        return _program(jax.jit(prefill).trace(params, batch), [("frozen", params), ("batch", batch)], ())
+    abstract = jax.eval_shape(lambda: empty_cache(decoder, rows, length, dtype, split, rules))
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_on(mesh, x)), abstract)
+    row = rules.sharding(mesh, "batch")
+    tokens = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=row)
+
+    def decode(params: Any, cache: KVCache, token: jax.Array, position: jax.Array) -> tuple[jax.Array, KVCache]:
+        model = nnx.merge(graphdef, params)
+        h = model.decoder.embed(token[:, None], rules, dtype)
+        hidden, cache = model.decoder.step(h, position, cache, rules)
+        return jnp.argmax(model.decoder.logits(hidden, rules, None)[:, 0], axis=-1), cache
+
+    traced = jax.jit(decode, donate_argnums=1).trace(params, cache, tokens, tokens)
+    return _program(traced, [("frozen", params), ("cache", cache), ("batch", (tokens, tokens))], ("cache",))
+
+
+def _on(mesh: AnyMesh, x: jax.ShapeDtypeStruct) -> NamedSharding:
+    return NamedSharding(mesh, x.sharding.spec) if x.ndim else NamedSharding(mesh, Rules().spec())
+
+
+def _program(traced: Any, labelled: list[tuple[str, Any]], donated: tuple[str, ...]) -> Program:
+    classes, names = [], []
+    for label, tree in labelled:
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+            classes.append(label)
+            names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+    return Program(traced, classes, [label in donated for label in classes], names)
+
+
+def parameter_counts(experiment: Experiment, mesh: AnyMesh) -> tuple[dict, dict]:
+    """Flat trainable and frozen halves, for counting."""
+    plan = blueprint(experiment, mesh)
+    return flatten(plan.trainable), flatten(plan.frozen)

@@ -1,0 +1,131 @@
+"""What a program sends between devices, in one form for what the jaxpr states and what a compiled module holds.
+
+Bytes are those one device sends for one run of a collective over n devices:
+
+    all-gather       (n - 1) / n of the gathered array
+    reduce-scatter   (n - 1) / n of the array before it
+    all-reduce       2 (n - 1) / n of the array
+    all-to-all       (n - 1) / n of the array
+    permute          the array
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxmed.plan.jaxprs import Equation, equations, gathers, nbytes, spec_axes
+
+
+@dataclass(frozen=True)
+class Collective:
+    kind: str
+    axes: tuple[str, ...]
+    """Mesh axes it runs over, in the mesh's order"""
+    bytes: float
+    """One device sends in one run"""
+    times: float
+    source: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    """Of the result on one device"""
+    weight: bool = False
+    """Whether a parameter is what is sent"""
+
+    @property
+    def total(self) -> float:
+        return self.bytes * self.times
+
+
+def wire_bytes(kind: str, n: int, whole: float) -> float:
+    """`whole`: bytes of the larger of operand and result on one device."""
+    if n <= 1:
+        return 0.0
+    share = {"all-reduce": 2 * (n - 1) / n, "permute": 1.0}.get(kind, (n - 1) / n)
+    return share * whole
+
+
+_MANUAL = {
+    "psum": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "pmax": "all-reduce",
+    "pmin": "all-reduce",
+    "all_gather": "all-gather",
+    "all_gather_invariant": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
+    "ppermute": "permute",
+}
+
+
+def stated(jaxpr: Any, sizes: Mapping[str, int], parameters: set[tuple]) -> list[Collective]:
+    """The collectives that a jaxpr states: manual ones, changes of sharding, and sums over split dimensions.
+
+    sizes: of the mesh axes; parameters: (shape, dtype) of gathered weights, so that those are known as such.
+    """
+    found = []
+    for equation in equations(jaxpr):
+        for kind, axes, aval, whole in _of(equation):
+            axes = tuple(a for a in sizes if a in axes and sizes[a] > 1)
+            if not axes:
+                continue
+            n = math.prod(sizes[a] for a in axes)
+            sent = wire_bytes(kind, n, whole)
+            weight = tuple(aval.shape) in parameters and kind in ("all-gather", "all-to-all")
+            found.append(
+                Collective(kind, axes, sent, equation.times, equation.source, str(aval.dtype), tuple(aval.shape), weight)
+            )
+    return found
+
+
+def _of(equation: Equation) -> Iterable[tuple[str, tuple[str, ...], Any, float]]:
+    """(kind, axes, result, bytes of the larger side) of what one equation sends."""
+    eqn, name = equation.eqn, equation.name
+    if name in _MANUAL:
+        axes = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        for before, after in zip(eqn.invars, eqn.outvars, strict=True):
+            yield (
+                _MANUAL[name],
+                tuple(a for a in axes if isinstance(a, str)),
+                after.aval,
+                max(map(nbytes, (before.aval, after.aval))),
+            )
+    elif name == "reshard" and gathers(eqn):
+        before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+        old, new = spec_axes(before), spec_axes(after)
+        lost = tuple(a for entry in old for a in entry if a not in {b for e in new for b in e})
+        moved = tuple(a for i, entry in enumerate(old) for a in entry if a not in new[i] and a not in lost)
+        if lost:
+            yield "all-gather", lost, after, float(nbytes(after))
+        if moved:
+            yield "all-to-all", moved, after, float(max(nbytes(before), nbytes(after)))
+    elif name == "dot_general":
+        (contract, _), _ = eqn.params["dimension_numbers"]
+        split = spec_axes(eqn.invars[0].aval)
+        summed = tuple(a for i in contract for a in split[i])
+        if summed:
+            yield "all-reduce", summed, eqn.outvars[0].aval, float(nbytes(eqn.outvars[0].aval))
+    elif name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"):
+        split = spec_axes(eqn.invars[0].aval)
+        summed = tuple(a for i in eqn.params["axes"] for a in split[i])
+        if summed:
+            yield "all-reduce", summed, eqn.outvars[0].aval, float(nbytes(eqn.outvars[0].aval))
+
+
+def merged(collectives: Iterable[Collective]) -> list[Collective]:
+    """One row a (kind, axes, source), most bytes first; `bytes` then is the sum over all runs and `times` 1."""
+    groups: dict[tuple, list[Collective]] = defaultdict(list)
+    for c in collectives:
+        groups[c.kind, c.axes, c.source, c.weight].append(c)
+    rows = [replace(max(g, key=lambda c: c.total), bytes=sum(c.total for c in g), times=1.0) for g in groups.values()]
+    return sorted(rows, key=lambda c: -c.bytes)
+
+
+def by_axis(collectives: Iterable[Collective]) -> dict[tuple[str, ...], float]:
+    """Bytes one device sends over each group of mesh axes."""
+    sums: dict[tuple[str, ...], float] = defaultdict(float)
+    for c in collectives:
+        sums[c.axes] += c.total
+    return dict(sums)

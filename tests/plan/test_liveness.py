@@ -1,0 +1,83 @@
+"""Peaks of small programs, counted by hand."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxmed.plan.jaxprs import nbytes
+from jaxmed.plan.liveness import Machine, Value
+
+N = 4 * 250 * 250
+"""Bytes of one float32 [250, 250]"""
+
+
+def peak(f, *shapes, keep=True, fuses=False):
+    jaxpr = jax.make_jaxpr(f)(*[jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]).jaxpr
+    machine = Machine(fuses, lambda eqn, out, machine: "made")
+    arguments = []
+    for v in jaxpr.invars:
+        buffer = machine.make(nbytes(v.aval), "given", "")
+        buffer.readers += 2 if keep else 1
+        arguments.append(Value((buffer,)))
+    machine.check()
+    machine.run(jaxpr, arguments)
+    return machine.peak
+
+
+SQUARE = (250, 250)
+
+
+def test_elementwise_chains_cost_their_result_alone():
+    assert peak(lambda x: jnp.exp(x * 2.0) + x, SQUARE).classes == {"given": N, "made": N}
+
+
+def test_a_dying_argument_is_written_over():
+    assert peak(lambda x: jnp.exp(x * 2.0) + x, SQUARE, keep=False).bytes == N
+
+
+def test_products_need_operands_and_result():
+    assert peak(lambda x, y: (x @ y) @ y, SQUARE, SQUARE).classes == {"given": 2 * N, "made": 2 * N}
+
+
+def test_a_chain_that_a_product_reads_is_written_first():
+    assert peak(lambda x, y: jnp.exp(x) @ y, SQUARE, SQUARE).classes == {"given": 2 * N, "made": 2 * N}
+
+
+def test_chains_through_inner_functions_are_fused_where_the_platform_does():
+    f = lambda x: jnp.sum(jax.nn.silu(x) * 2.0)  # noqa: E731
+    assert peak(f, SQUARE, fuses=True).classes["made"] < N
+    assert peak(f, SQUARE).classes["made"] >= N
+
+
+def test_loops_hold_what_they_stack_and_one_body():
+    def f(x, y):
+        def body(carry, _):
+            return jnp.tanh(carry @ y), carry
+
+        return jax.lax.scan(body, x, length=7)
+
+    # seven stacked carries, the carry, and the product beside it
+    assert peak(f, SQUARE, SQUARE).classes == {"given": 2 * N, "made": (7 + 2) * N}
+
+
+def test_the_backward_pass_of_a_loop_keeps_its_residuals_unless_rematerialised():
+    def loss(x, y, wrap):
+        def body(carry, _):
+            return jnp.sin(jnp.sin(carry @ y) @ y), None
+
+        return jnp.sum(jax.lax.scan(wrap(body), x, length=9)[0])
+
+    def bytes_with(wrap):
+        return peak(lambda x, y: jax.grad(loss)(x, y, wrap), SQUARE, SQUARE).bytes
+
+    saved, recomputed = bytes_with(lambda f: f), bytes_with(jax.checkpoint)
+    assert 2 * 9 * N < saved < 2 * 9 * N + 8 * N
+    assert 9 * N < recomputed < 9 * N + 8 * N
+
+
+def test_the_worst_moment_is_found_inside_calls():
+    @jax.jit
+    def inner(x):
+        big = jnp.concatenate([x, x, x]) @ x
+        return jnp.sum(big)
+
+    assert peak(lambda x: inner(x) + 1.0, SQUARE).bytes >= 7 * N
