@@ -119,9 +119,9 @@ def test_loss_of_rows_cut_after_the_images_are_in():
     assert found.token_count == CASE.golden("train_truncated")["supervised_tokens"]
 
 
-@pytest.mark.parametrize(("run", "shape"), [("short", (2, 1, 2, 1)), ("short", (1, 2, 2, 1)), ("lora", (2, 1, 2, 1))], ids=str)
+@pytest.mark.parametrize(("run", "shape"), [("lora", (2, 1, 2, 1)), ("short", (1, 2, 2, 1))], ids=str)
 def test_loss_and_gradients_on_a_mesh(losses, run, shape):
-    """One kv head; the tower's width of 35 is replicated where it does not divide."""
+    """`short` has a window; the tower's width of 35 does not divide over fsdp, so its weights are replicated."""
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
     folders = {name: CASE.path(folder) for name, folder in FOLDERS[run].items()}
     model = jaxmed.load(**folders, tower=CASE.path(TOWER), mesh=mesh, dtype="float32")

@@ -66,7 +66,8 @@ def test_tower_and_projector(model, name):
 
 def test_loss_and_gradients(model):
     found = model.loss(CASE.json("train.json"), gradients=True, folder=IMAGES)
-    assert found.token_count == CASE.golden("train_loss")["supervised_tokens"]
+    golden, trained = CASE.golden("train_loss"), sum(gradient.size for gradient in found.gradients.values())
+    assert (found.token_count, trained) == (golden["supervised_tokens"], golden["trainable_parameters"])
     CASE.values("train_loss", loss=found.loss)
     CASE.values("train_grad_norms", grad_norms=norms(found.gradients), grad_norm_total=norm(found.gradients))
     CASE.close("train_grads", found.gradients)
