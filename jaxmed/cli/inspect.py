@@ -21,8 +21,8 @@ HELP = "Show a model's parameters by part: trainable or frozen, bytes, and bytes
 DESCRIPTION = """Show what a model consists of: parameters by part, trainable or frozen, dtype, bytes, and what one device of a
 mesh would hold. No weights are read, and the devices of the mesh need not be there.
 
-FOLDER_OR_CONFIG is a run, an upstream LoRA folder (with --base), a PEFT adapter, a Hugging Face language model, a shipped
-config ({configs}), or the path of a Python file with get_config().
+FOLDER_OR_CONFIG is any folder that `jaxmed convert` reads (with --base or --tower where it needs another), an image tower,
+M3D-CLIP, a shipped config ({configs}), or the path of a Python file with get_config().
 
     jaxmed inspect btb3d --mesh.fsdp 8"""
 
@@ -33,6 +33,8 @@ class Args:
     """A folder or a config"""
     base: str = ""
     """The language model's folder"""
+    tower: str = ""
+    """The image tower's folder, where it is apart"""
     dtype: Literal["", "bfloat16", "float32"] = ""
     """Dtype of the frozen weights; "": the config's, bfloat16 for a folder that has none"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -43,32 +45,46 @@ class Args:
 def run(argv: list[str]) -> int:
     description = DESCRIPTION.format(configs=", ".join(common.shipped_configs()))
     args = common.parse(Args, argv, prog="jaxmed inspect", description=description)
-    from jaxmed.train.parts import take_inventory  # imported late: --help and flags that are wrong need no JAX
-
-    experiment = describe(args)
-    for name, value in common.settings(args.set).items():
-        experiment = replace_field(experiment, name, value)
-    if args.dtype:
-        experiment = replace_field(experiment, "model.dtype", args.dtype)
-    show(take_inventory(experiment, args.mesh if args.mesh != MeshConfig() else experiment.mesh))
+    show(inventory(args))
     return 0
 
 
-def describe(args: Args) -> Experiment:
-    """The experiment of a folder or a config."""
+def inventory(args: Args) -> "Inventory":
+    """What a folder or a config consists of."""
+    # imported late: --help and flags that are wrong need no JAX
+    from jaxmed.checkpoint.folder_kinds import detect
+    from jaxmed.checkpoint.hf_io import open_folder
+    from jaxmed.encoders import encoder_model
+    from jaxmed.train.parts import encoder_inventory, take_inventory, tensor_inventory
+
+    given = common.settings(args.set)
+    kind = "" if not os.path.exists(args.model) or args.model.endswith(".py") or is_run(args.model) else detect(args.model)
+    if kind == "mm_projector":
+        return tensor_inventory(open_folder(args.model).arrays, "projector")
+    if kind in ("m3d_clip", "tower"):
+        model = encoder_model(args.model, None, args.dtype or "bfloat16", given)
+        return encoder_inventory(model.build, model.folder.widths, args.dtype or "bfloat16", args.mesh)
+    experiment = describe(args, kind, given)
+    if args.dtype:
+        experiment = replace_field(experiment, "model.dtype", args.dtype)
+    return take_inventory(experiment, args.mesh if args.mesh != MeshConfig() else experiment.mesh)
+
+
+def describe(args: Args, kind: str, given: dict[str, str]) -> Experiment:
+    """The experiment of a folder (`kind` "": a run) or a config."""
     from jaxmed.api import resolve
     from jaxmed.checkpoint.adapter import run_experiment
     from jaxmed.checkpoint.hf_config import decoder_of
 
-    if not os.path.isdir(args.model):
-        experiment = common.load_experiment(args.model)
-    elif is_run(args.model):
-        experiment = run_experiment(args.model)  # it needs neither its base nor a checkpoint to be described
-    else:
-        return resolve(args.model, args.base, "bfloat16", {})
+    if kind:
+        return resolve(args.model, args.base, "bfloat16", given, args.tower)
+    # a run needs neither its base nor a checkpoint to be described
+    experiment = run_experiment(args.model) if os.path.isdir(args.model) else common.load_experiment(args.model)
     if args.base:
         model = dataclasses.replace(experiment.model, decoder=decoder_of(args.base), base=args.base)
         experiment = dataclasses.replace(experiment, model=model)
+    for name, value in given.items():
+        experiment = replace_field(experiment, name, value)
     return experiment
 
 

@@ -5,14 +5,16 @@ Axis letters: A added tokens, D decoder width, V rows of a vocabulary with paddi
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxmed.config import Experiment, MeshConfig
-from jaxmed.sharding import AXES
+from jaxmed.sharding import AXES, Rules, state_specs, to_shardings, tower_axis
 from jaxmed.train.init import abstract_state, blueprint, flatten
 from jaxmed.train.optim import Path
 
@@ -24,7 +26,14 @@ _NAMES = {
 }
 
 
-_ORDER = ("embedding", "added tokens", "blocks", "LoRA", "final norm", "head")
+_ORDER = ("tower", "aggregator", "fusion", "projector", "text encoder", "image projection", "text projection", "temperature")
+_ORDER += ("embedding", "added tokens", "blocks", "LoRA", "final norm", "head")
+_CONTRASTIVE = {
+    "text": "text encoder",
+    "vision_projection": "image projection",
+    "text_projection": "text projection",
+    "logit_scale": "temperature",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,25 +70,53 @@ def take_inventory(experiment: Experiment, mesh: MeshConfig) -> Inventory:
         plan = blueprint(experiment, devices)
         moments = jax.tree.leaves(abstract_state(plan).opt_state) if plan.trainable else []
     halves = {"trainable": flatten(plan.trainable), "frozen": flatten(plan.frozen)}
+    parts = _parts(halves, lambda path, leaf: _count(path, leaf, experiment))
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in moments)
+    return Inventory(dict(zip(AXES, shape, strict=True)), parts, whole, sum(map(_on_device, moments)))
+
+
+def encoder_inventory(build: Callable[[], nnx.Module], widths: Sequence[int], dtype: str, mesh: MeshConfig) -> Inventory:
+    """Of a tower alone or of a contrastive model; nothing of it is trained here. `widths`: those that fsdp may split."""
+    shape = (max(mesh.data, 1), mesh.fsdp, mesh.context, mesh.tensor)
+    rules = Rules(tower=tower_axis(widths, mesh.fsdp))
+    devices = AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    with jax.sharding.use_abstract_mesh(devices):
+        state = nnx.state(jax.eval_shape(build))
+        placed = flatten(to_shardings(state_specs(state, rules), devices))
+    leaves = {
+        path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype), sharding=placed[path])
+        for path, leaf in flatten(nnx.to_pure_dict(state)).items()
+    }
+    parts = _parts({"frozen": leaves}, lambda path, leaf: math.prod(leaf.shape))
+    return Inventory(dict(zip(AXES, shape, strict=True)), parts, 0, 0)
+
+
+def tensor_inventory(arrays: Mapping[str, np.ndarray], name: str) -> Inventory:
+    """Of tensors that are one part, such as a projector alone, as their file has them."""
+    dtypes = "/".join(sorted({array.dtype.name for array in arrays.values()}))
+    sizes = (sum(array.size for array in arrays.values()), sum(array.nbytes for array in arrays.values()))
+    return Inventory(dict.fromkeys(AXES, 1), [Part(name, "frozen", dtypes, *sizes, sizes[1])], 0, 0)
+
+
+def _parts(halves: Mapping[str, Mapping[Path, Any]], count: Callable[[Path, Any], int]) -> list[Part]:
+    """In the order of the computation."""
     groups: dict[tuple[str, str, str], list[tuple[Path, Any]]] = {}
     for fate, leaves in halves.items():
         for path, leaf in leaves.items():
             groups.setdefault((_part(path), fate, np.dtype(leaf.dtype).name), []).append((path, leaf))
-    parts = [
+    return [
         Part(
             *key,
-            sum(_count(path, leaf, experiment) for path, leaf in members),
+            sum(count(path, leaf) for path, leaf in members),
             sum(math.prod(leaf.shape) * leaf.dtype.itemsize for _, leaf in members),
             sum(_on_device(leaf) for _, leaf in members),
         )
         for key, members in sorted(groups.items(), key=lambda item: _rank(*item[0]))
     ]
-    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in moments)
-    return Inventory(dict(zip(AXES, shape, strict=True)), parts, whole, sum(map(_on_device, moments)))
 
 
 def _rank(name: str, fate: str, dtype: str) -> tuple[int, str, str, str]:
-    """The language model first, whatever is beside it after that."""
+    """The image side first, then the language model, whatever else there is after that."""
     return (_ORDER.index(name) if name in _ORDER else len(_ORDER)), name, fate, dtype
 
 
@@ -88,7 +125,7 @@ def _part(path: Path) -> str:
         return "LoRA"
     if path[-1] == "added":
         return "added tokens"
-    return _NAMES.get(path[:2], str(path[0]))
+    return _NAMES.get(path[:2], _CONTRASTIVE.get(str(path[0]), str(path[0])))
 
 
 def _count(path: Path, leaf: Any, experiment: Experiment) -> int:

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from jaxmed.cli.main import run
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "btb3d"
+SAMF = Path(__file__).parents[1] / "golden" / "samf" / "samf_lora"
 BASE, ZERO3 = str(GOLDEN / "base"), str(GOLDEN / "llava_lora_z3" / "checkpoint-10")
 
 
@@ -30,7 +31,7 @@ def test_dry_run_shows_every_tensor_and_writes_nothing(tmp_path, capsys):
     lines = said.out.splitlines()
     assert sum("lora_A.weight" in line for line in lines) == sum("lora_B.weight" in line for line in lines) == 28
     row = next(line for line in lines if "embed_tokens" in line)
-    for cell in ("decoder/embed/table", "[437, 54]", "float32", "Vocabulary(base=432, added=5)"):
+    for cell in ("decoder/embed/table", "[437, 54]", "float32", "Vocabulary(base=432, added=5, surplus=0)"):
         assert cell in row
     assert "ignored: nothing" in lines
 
@@ -44,6 +45,31 @@ def test_dry_run_says_what_is_left_out(tmp_path, capsys):
     assert run(["convert", str(base), "--to", "hf", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"ignored:\n +model\.layers\.0\.self_attn\.rotary_emb\.inv_freq: rope's frequencies", said)
+
+
+def test_dry_run_of_the_native_form(tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = [str(SAMF), "--set", "slice_encoder.heads=5", "--set", "lora.alpha=15", "--to", "orbax", "--out", str(out)]
+    assert run(["convert", *flags, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not out.exists() and lines[0].startswith("checkpoints/0: ") and lines[1].split()[0] == "theirs"
+    row = next(line for line in lines if "decoder/blocks/attn/k/weight[1]" in line)
+    for cell in (
+        "base_model.model.model.layers.1.self_attn.qkv_proj.base_layer.weight",
+        "[20, 60]",
+        "Part(start=60, total=100)",
+    ):
+        assert cell in row
+    for part in (
+        "tower/patch/weight",
+        "aggregator/blocks/mlp/up/weight[0]",
+        "fusion/out/weight",
+        "decoder/blocks/attn/qkv/lora_a[0]",
+    ):
+        assert any(part in line for line in lines), part
+    assert run(["convert", *flags, "--dry-run", "--merge"]) == 0
+    said = capsys.readouterr().out
+    assert "lora_a" not in said and "merged LoRA, 15 / 6 * B A" in said
 
 
 def test_folder_is_written_in_shards(tmp_path, capsys):
@@ -60,6 +86,7 @@ def test_folder_is_written_in_shards(tmp_path, capsys):
         "--merge",
         "--set",
         "lora.alpha=9",
+        "--no-verify",
     ]
     assert run(["convert", ZERO3, "--base", BASE, *flags]) == 0
     assert capsys.readouterr().out == f"{out}\n"
@@ -80,6 +107,9 @@ def test_folder_is_written_in_shards(tmp_path, capsys):
         ([ZERO3, "--to", "hf", "--out", "{new}"], "is not on this machine"),
         ([BASE, "--to", "peft", "--out", "{new}"], "no LoRA adapter"),
         ([BASE, "--to", "orbit", "--out", "{new}"], "orbit"),
+        ([BASE, "--to", "lamed", "--out", "{new}"], "is a layout for the tower vit3d"),
+        ([ZERO3, "--to", "llava", "--out", "{new}", "--merge"], "leave --merge out"),
+        ([ZERO3, "--to", "orbax", "--out", "{new}", "--mesh.tensor", "3"], "does not multiply to the 8 devices"),
         (["{old}/nothing", "--to", "hf", "--out", "{new}"], "no such folder"),
         (["{old}", "--to", "hf", "--out", "{new}"], "is none of"),
     ],
@@ -129,6 +159,23 @@ def test_inspected_folder_has_its_own_sizes(capsys):
     assert rows["embedding trainable"] == [432 * 54, 512 * 54 * 4, 512 * 54 * 4]
     assert rows["added tokens trainable"][0] == 5 * 54
     assert rows["LoRA trainable"][0] == sum(x.size for x in load_file(Path(ZERO3) / "adapter_model.safetensors").values())
+
+
+def test_parts_of_every_kind_of_folder(capsys):
+    golden = Path(__file__).parents[1] / "golden"
+    rows = inspected([str(SAMF), "--set", "slice_encoder.heads=5"], capsys)
+    assert {f"{part} trainable" for part in ("tower", "aggregator", "fusion", "LoRA")} | {"blocks frozen"} <= rows.keys()
+    assert list(rows)[:3] == ["tower trainable", "aggregator trainable", "fusion trainable"]
+    tower = golden / "mistral_llava" / "clip_small46"
+    rows = inspected([str(tower), "--mesh.fsdp", "5"], capsys)
+    later = sum(x.size for name, x in load_file(tower / "model.safetensors").items() if "layers.4." in name or "post_" in name)
+    assert rows["tower frozen"][0] == sum(x.size for x in load_file(tower / "model.safetensors").values()) - later
+    assert rows["tower frozen"][2] < 0.25 * rows["tower frozen"][1]
+    rows = inspected([str(golden / "vit3d" / "m3d_clip"), "--set", "vision.heads=3"], capsys)
+    assert list(rows)[:4] == ["tower frozen", "text encoder frozen", "image projection frozen", "text projection frozen"]
+    model, tower = golden / "tinyllava" / "tinyllava_mini", golden / "tinyllava" / "siglip_mini"
+    rows = inspected([str(model), "--tower", str(tower)], capsys)
+    assert rows["projector trainable"][0] == 20 * 54 + 54 + 54 * 54 + 54 and "tower frozen" in rows
 
 
 def test_inspect_refuses_in_one_message(tmp_path, capsys):
