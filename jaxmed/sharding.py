@@ -79,6 +79,17 @@ def rules_for(experiment: Experiment, mesh_shape: dict[str, int]) -> Rules:
     return rules
 
 
+def generation_rules(experiment: Experiment, mesh_shape: dict[str, int]) -> Rules:
+    """The rules of generation: prompts and caches are split over `context` where that axis has several shards."""
+    rules = rules_for(experiment, mesh_shape)
+    return rules if mesh_shape["context"] > 1 else whole_rows(rules)
+
+
+def whole_rows(rules: Rules) -> Rules:
+    """The same rules with T unsplit, as for the single token of a decode step."""
+    return dataclasses.replace(rules, length=())
+
+
 def tower_axis(widths: Sequence[int], fsdp: int) -> tuple[str, ...]:
     """`Rules.tower` for towers of these widths: replicated where one does not divide (towers are small beside the decoder)."""
     return () if any(width % fsdp for width in widths) else ("fsdp",)

@@ -45,7 +45,10 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of what was seen; every slot says its position and whether it counts."""
+    """Keys and values of what was seen; every slot says its position and whether it counts.
+
+    Slots may be split over context shards, tokens going round them: token n lies in slot n // c of shard n % c.
+    """
 
     keys: Any
     """[L, B, K, S, H] stacked, or a tuple of L arrays [B, K, S, H]"""
@@ -56,7 +59,9 @@ class KVCache:
     valid: Array
     """[B, S] bool"""
     cursor: Array
-    """[] int32, the slot that is written next; one for the whole batch, since prompts are padded on the left"""
+    """[] int32, tokens written; one for the whole batch, since prompts are padded on the left"""
+    spare: int = dataclasses.field(default=0, metadata={"static": True})
+    """Slots beyond those that were asked for, so that the shards are equal"""
 
 
 @jax.tree_util.register_dataclass

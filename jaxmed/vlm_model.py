@@ -41,7 +41,7 @@ from jaxmed.generate.sampling import Sampling
 from jaxmed.generate.scheduler import Scheduler, Task, run_all
 from jaxmed.generate.training_rows import training_batch
 from jaxmed.generate.weights import load_weights, splits_layers
-from jaxmed.sharding import make_mesh, rules_for
+from jaxmed.sharding import generation_rules, make_mesh, rules_for, whole_rows
 from jaxmed.train.init import blueprint, start
 from jaxmed.train.step import TokenCrossEntropy
 
@@ -80,7 +80,7 @@ class Model:
         self.rows = shape["data"] * shape["fsdp"]
         data = dataclasses.replace(experiment.data, batch=self.rows, microbatches=1, buckets=(2 * shape["context"],))
         self.experiment = dataclasses.replace(experiment, data=data)
-        self.rules = dataclasses.replace(rules_for(experiment, shape), length=())
+        self.rules = whole_rows(rules_for(experiment, shape))
         model = experiment.model
         self.tokenizer = Tokenizer.from_folder(model.tokenizer or model.base, model.added_tokens)
         self.options = text_options(experiment)
@@ -94,7 +94,8 @@ class Model:
         decoder = self.experiment.model.decoder
         added = tuple(range(decoder.vocab, decoder.vocab + len(self.experiment.model.added_tokens)))
         eos = tuple(i for i in self.experiment.model.end_ids or self.tokenizer.eos_ids if i not in added)
-        return Engine(weights.graphdef, weights.params, weights.experiment, self.mesh, self.rules, Limits(eos, added))
+        rules = generation_rules(self.experiment, dict(self.mesh.shape))
+        return Engine(weights.graphdef, weights.params, weights.experiment, self.mesh, rules, Limits(eos, added))
 
     # -- inputs ------------------------------------------------------------------------------------------------------------
 

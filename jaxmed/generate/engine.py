@@ -4,6 +4,7 @@
     tokens, lengths = engine(batch, keys, sampling, max_new_tokens)
 
 Prompts are padded on the left to the bucket, so one cursor serves the whole batch; a row's result depends on that row alone.
+Over context shards prompts lie in balanced order, and so does the cache; new tokens go round the shards.
 On CPU and GPU the blocks are split (a loop over separate arrays), on TPU stacked (a scan): see jaxmed.models.decoder.
 
 Axis letters: B batch, T bucket, G new tokens at most, V padded vocabulary.
@@ -21,11 +22,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmed.config import Experiment
+from jaxmed.generate.prompts import balanced, put
 from jaxmed.generate.sampling import NEGATIVE, Sampling, choose
 from jaxmed.models.decoder import empty_cache
 from jaxmed.models.vlm import Vlm
 from jaxmed.nn.attention import layout_for
-from jaxmed.sharding import Rules
+from jaxmed.nn.cache import last_token
+from jaxmed.sharding import Rules, whole_rows
 from jaxmed.types import Batch, DecodeState
 
 
@@ -42,12 +45,17 @@ class Engine:
     """Holds the weights of one model and one compiled program per (bucket, number of new tokens, sampling)."""
 
     def __init__(self, graphdef: nnx.GraphDef, params: Any, experiment: Experiment, mesh: Mesh, rules: Rules, limits: Limits):
-        """params: nested dict of arrays that `graphdef` merges into a Vlm; `rules` without a length axis."""
+        """params: nested dict of arrays that `graphdef` merges into a Vlm; `rules`: see sharding.generation_rules."""
         self.params, self.mesh, self.rules, self.limits = params, mesh, rules, limits
         self.experiment = experiment
         model = (graphdef, experiment, rules, limits)
         self._generate = jax.jit(partial(_generate, *model), static_argnums=(3, 4))
-        self._apply = jax.jit(partial(_apply, graphdef, rules), static_argnums=0)
+        self._apply = jax.jit(partial(_apply, graphdef, whole_rows(rules)), static_argnums=0)
+
+    def placed(self, batch: Batch) -> Batch:
+        """A numpy Batch of left-padded prompts as `__call__` takes it."""
+        context = dict(self.mesh.shape)["context"] if self.rules.length else 1
+        return put(balanced(batch, context), self.mesh, self.rules)
 
     def __call__(self, batch: Batch, keys: jax.Array, sampling: Sampling, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """batch: left-padded prompts, rows without any token are empty; keys [B] typed, one a row, which carry the seed
@@ -59,7 +67,8 @@ class Engine:
         return np.asarray(tokens), np.asarray(lengths)
 
     def apply(self, compute: Callable[[Vlm, Any, Rules], Any], inputs: Any) -> Any:
-        """What `compute(model, inputs, rules)` gives (see jaxmed.generate.features), compiled once a function and shape."""
+        """What `compute(model, inputs, rules)` gives (see jaxmed.generate.features), compiled once a function and shape; T of
+        `inputs` is not split."""
         with jax.set_mesh(self.mesh):
             return self._apply(compute, self.params, inputs)
 
@@ -82,7 +91,7 @@ def _generate(
     """-> tokens [B, G], lengths [B], decode steps taken []"""
     model = nnx.merge(graphdef, params)
     decoder, rows = model.decoder, batch.tokens.shape[0]
-    row = rules.spec("batch")
+    row, of_token = rules.spec("batch"), whole_rows(rules)
     table = decoder.head_table(rules)
 
     def next_tokens(hidden: jax.Array, seen: jax.Array, step: jax.Array) -> jax.Array:
@@ -119,7 +128,7 @@ def _generate(
         )
 
     def advance(state: DecodeState) -> DecodeState:
-        h = decoder.embed(state.last[:, None], rules, jnp.dtype(experiment.model.dtype))
+        h = decoder.embed(state.last[:, None], of_token, jnp.dtype(experiment.model.dtype))
         hidden, cache = decoder.step(h, state.position, state.cache, rules)
         state = dataclasses.replace(state, cache=cache, position=state.position + 1)
         return record(state, next_tokens(hidden[:, 0], state.seen, state.steps))
@@ -135,7 +144,7 @@ def _generate(
         seen=jnp.zeros((rows, table.shape[0] if sampling.penalised else 0), jnp.bool, out_sharding=rules.spec("batch", None)),
         steps=jnp.int32(0),
     )
-    state = record(state, next_tokens(hidden[:, -1], state.seen, state.steps))
+    state = record(state, next_tokens(last_token(hidden, batch.order, rules), state.seen, state.steps))
     state = jax.lax.while_loop(lambda s: (s.steps < max_new_tokens) & ~jnp.all(s.done), advance, state)
     return state.tokens, state.lengths, state.steps
 

@@ -20,7 +20,7 @@ from jaxmed.data.placeholders import PLACEHOLDER, image_start
 from jaxmed.data.rows import splice
 from jaxmed.data.tokenizer import IGNORE, IMAGE_ID, Tokenizer
 from jaxmed.errors import UserError
-from jaxmed.sharding import Rules, batch_specs, to_shardings
+from jaxmed.sharding import Rules, balanced_order, batch_specs, to_shardings
 from jaxmed.types import Batch
 
 SHORTEST_TEXT = 64
@@ -168,6 +168,19 @@ def spliced_rows(
         image_grid=grid,
     )
     return batch, labels
+
+
+def balanced(batch: Batch, context: int) -> Batch:
+    """A numpy Batch of unlabelled, left-padded prompts, lengthened on the left and put into balanced order (see sharding)."""
+    if context == 1:
+        return batch
+    pad, fill = -batch.tokens.shape[1] % (2 * context), {"image_index": -1}
+    order = balanced_order(batch.tokens.shape[1] + pad, context)
+    moved = {
+        name: np.pad(getattr(batch, name), ((0, 0), (pad, 0)), constant_values=fill.get(name, 0))[:, order]
+        for name in ("tokens", "positions", "segment_ids", "image_index")
+    }
+    return dataclasses.replace(batch, **moved, order="balanced")
 
 
 def put(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmed.config import Experiment
 from jaxmed.generate.engine import Engine
-from jaxmed.generate.prompts import Bucket, Prompt, bucket_of, left_padded, put
+from jaxmed.generate.prompts import Bucket, Prompt, bucket_of, left_padded
 from jaxmed.generate.sampling import Sampling
 
 
@@ -56,8 +56,7 @@ class Scheduler:
             del self.waiting[bucket]
         batch = left_padded([task.prompt for task in tasks], self.rows, bucket, self.experiment)
         keys = draw_keys(self.sampling.seed, [(task.study, task.turn) for task in tasks], self.rows)
-        placed = put(batch, self.engine.mesh, self.engine.rules)
-        tokens, lengths = self.engine(placed, keys, self.sampling, self.max_new_tokens)
+        tokens, lengths = self.engine(self.engine.placed(batch), keys, self.sampling, self.max_new_tokens)
         return [(task, row[:length]) for task, row, length in zip(tasks, tokens, lengths, strict=False)]
 
 

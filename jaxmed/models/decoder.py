@@ -20,12 +20,13 @@ from jaxmed.config import DecoderConfig, LoraConfig
 from jaxmed.nn import attention_cudnn
 from jaxmed.nn.attention import Layout, Mask, attention, cached_attention
 from jaxmed.nn.block import Block
+from jaxmed.nn.cache import cache_prompt, cache_row, cache_token, context_shards, next_slot
 from jaxmed.nn.dropout import Dropout
 from jaxmed.nn.linear import product
 from jaxmed.nn.norm import RMSNorm
 from jaxmed.nn.param import gathered, normal
 from jaxmed.nn.rope import is_long, rope_angles
-from jaxmed.sharding import Rules
+from jaxmed.sharding import Rules, whole_rows
 from jaxmed.types import KVCache
 
 VOCAB_MULTIPLE = 256
@@ -138,39 +139,40 @@ class Decoder(nnx.Module):
     def prefill(
         self, h: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: KVCache, layout: Layout, rules: Rules
     ) -> tuple[jax.Array, KVCache]:
-        """Fills an empty cache with a prompt and returns its hidden states. h [B, T, D], padded on the left (segment 0)."""
-        slots, length = cache.positions.shape[1], positions.shape[1]
-        angles = self._angles(positions, self._reaches_far(jnp.max(positions, axis=1, keepdims=True), slots - length))
+        """Fills an empty cache with a prompt and returns its hidden states. h [B, T, D], padded on the left (segment 0); over
+        context shards T lies as `layout.order` says, and the shards divide it."""
+        left = cache.positions.shape[1] - cache.spare - positions.shape[1]
+        angles = self._angles(positions, self._reaches_far(jnp.max(positions, axis=1, keepdims=True), left))
 
         def attend(layer_keys, layer_values):
             def inner(q, k, v):
                 y = attention(q, k, v, positions, segment_ids, self.mask, layout, rules)
-                return y, (_write(layer_keys, k, 0), _write(layer_values, v, 0))
+                return y, (cache_prompt(layer_keys, k, rules), cache_prompt(layer_values, v, rules))
 
             return inner
 
         h, keys, values = self._run_cached(h, angles, attend, cache, rules)
-        pad = ((0, 0), (0, slots - length))
-        cache = KVCache(keys, values, jnp.pad(positions, pad), jnp.pad(segment_ids != 0, pad), jnp.int32(length))
-        return self.norm(h, rules), cache
+        seen, valid = (cache_row(*x, rules) for x in ((cache.positions, positions), (cache.valid, segment_ids != 0)))
+        return self.norm(h, rules), KVCache(keys, values, seen, valid, jnp.int32(positions.shape[1]), cache.spare)
 
     def step(self, h: jax.Array, position: jax.Array, cache: KVCache, rules: Rules) -> tuple[jax.Array, KVCache]:
         """One token: h [B, 1, D], position [B] -> hidden states [B, 1, D] and the cache with one more slot."""
-        left = cache.positions.shape[1] - 1 - cache.cursor
+        left = cache.positions.shape[1] - cache.spare - 1 - cache.cursor
         angles = self._angles(position[:, None], self._reaches_far(position[:, None], left))
-        here = jnp.arange(cache.positions.shape[1]) == cache.cursor
+        here = next_slot(cache, rules)
         positions = jnp.where(here, position[:, None], cache.positions)
         valid = cache.valid | here
 
         def attend(layer_keys, layer_values):
             def inner(q, k, v):
-                kept = (_write(layer_keys, k, cache.cursor), _write(layer_values, v, cache.cursor))
+                kept = tuple(cache_token(*x, cache.cursor, rules) for x in ((layer_keys, k), (layer_values, v)))
                 return cached_attention(q, *kept, position[:, None], positions, valid, self.mask, rules), kept
 
             return inner
 
-        h, keys, values = self._run_cached(h, angles, attend, cache, rules)
-        return self.norm(h, rules), KVCache(keys, values, positions, valid, cache.cursor + 1)
+        of_token = whole_rows(rules)
+        h, keys, values = self._run_cached(h, angles, attend, cache, of_token)
+        return self.norm(h, of_token), KVCache(keys, values, positions, valid, cache.cursor + 1, cache.spare)
 
     def _run_cached(self, h: jax.Array, angles: Any, attend: Any, cache: KVCache, rules: Rules):
         """All blocks, each with its layer's cache. A stacked cache rides in the carry: elsewhere it would be copied."""
@@ -219,11 +221,6 @@ class Decoder(nnx.Module):
         return logits
 
 
-def _write(cache: jax.Array, new: jax.Array, at: jax.Array | int) -> jax.Array:
-    """cache [B, K, S, H], new [B, T, K, H] -> the cache with `new` in slots at .. at + T"""
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.transpose(0, 2, 1, 3).astype(cache.dtype), at, axis=2)
-
-
 def rematerialised(body: Any, remat: str) -> Any:
     """The scan's body under a policy of TrainConfig.remat."""
     if remat == "none":
@@ -245,14 +242,14 @@ def rematerialised(body: Any, remat: str) -> Any:
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype, split: bool, rules: Rules) -> KVCache:
-    """Zeros, laid out as the rules say; made inside a jitted function."""
-    shape = (batch, config.kv_heads, slots, config.head_dim)
-    spec = rules.spec("batch", "kv_heads", None, None)
+    """Zeros, laid out as the rules say, with at least `slots` slots; made inside a jitted function."""
+    spare = -slots % context_shards(rules)
+    shape = (batch, config.kv_heads, slots + spare, config.head_dim)
+    spec = rules.spec("batch", "kv_heads", "length", None)
     if split:
         layers = [tuple(jnp.zeros(shape, dtype, out_sharding=spec) for _ in range(config.layers)) for _ in range(2)]
     else:
-        stacked = rules.spec(None, "batch", "kv_heads", None, None)
+        stacked = rules.spec(None, "batch", "kv_heads", "length", None)
         layers = [jnp.zeros((config.layers, *shape), dtype, out_sharding=stacked) for _ in range(2)]
-    row = rules.spec("batch", None)
-    positions = jnp.zeros((batch, slots), jnp.int32, out_sharding=row)
-    return KVCache(layers[0], layers[1], positions, jnp.zeros((batch, slots), jnp.bool, out_sharding=row), jnp.int32(0))
+    row = {"shape": (batch, slots + spare), "out_sharding": rules.spec("batch", "length")}
+    return KVCache(*layers, jnp.zeros(dtype=jnp.int32, **row), jnp.zeros(dtype=jnp.bool, **row), jnp.int32(0), spare)

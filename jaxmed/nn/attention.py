@@ -20,6 +20,7 @@ import numpy as np
 from jaxmed.config import AttentionBackend
 from jaxmed.nn import attention_cudnn, attention_splash, attention_xla
 from jaxmed.nn.attention_mask import NEGATIVE, Layout, Mask, layout_for
+from jaxmed.nn.cache import context_shards
 from jaxmed.sharding import Rules, balanced_order
 
 __all__ = ["Layout", "Mask", "attention", "cached_attention", "choose_backend", "layout_for", "mesh_platform"]
@@ -60,7 +61,7 @@ def attention(
     """Self-attention over a batch laid out on the mesh: q [B, T, Q, H], k and v [B, T, K, H], positions and segment_ids [B, T]
     -> [B, T, Q, H]. Queries stay on their context shard; keys and values are gathered over `context`."""
     platform, shards = mesh_platform(), dict(jax.sharding.get_abstract_mesh().shape)
-    context = shards["context"] if rules.length else 1
+    context = context_shards(rules)
     length, width = q.shape[1], q.shape[3]
     backend, reason = choose_backend(layout, mask, platform, q.dtype, length, width, context)
     if reason:
@@ -132,7 +133,12 @@ def cached_attention(
     rules: Rules,
 ) -> jax.Array:
     """A few queries against a cache: q [B, T, Q, H], k and v [B, K, S, H], position_q [B, T], position_k and valid [B, S]
-    -> [B, T, Q, H]. The scores [B, Q, T, S] exist at once, so T is small here (one, in the decode loop)."""
+    -> [B, T, Q, H]. The scores [B, Q, T, S] exist at once, so T is small here (one, in the decode loop).
+
+    Slots may be split over `context`: each shard takes the softmax over its own, and the shards' results are joined by their
+    maxima and denominators.
+    """
+    merged = bool(rules.length)
 
     def local(q, k, v, position_q, position_k, valid):
         if rules.kv_heads != rules.heads:
@@ -144,12 +150,25 @@ def cached_attention(
         allowed = mask(position_q, position_k, jnp.ones_like(position_q), valid.astype(jnp.int32))[:, None, None]
         scores = jnp.einsum("bknh,bksh->bkns", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
         scores = jnp.where(allowed, scores.reshape(batch, kv_heads, -1, length, k.shape[2]), NEGATIVE)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(batch, kv_heads, -1, k.shape[2])
-        out = jnp.einsum("bkns,bksh->bknh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
-        out = out.reshape(batch, kv_heads, -1, length, width).transpose(0, 3, 1, 2, 4)
+        weights, total = _weights(scores, merged)
+        weights = weights.astype(v.dtype).reshape(batch, kv_heads, -1, k.shape[2])
+        out = jnp.einsum("bkns,bksh->bknh", weights, v, preferred_element_type=jnp.float32)
+        if merged:
+            out = jax.lax.psum(out, "context") / total.reshape(*out.shape[:-1], 1)
+        out = out.astype(q.dtype).reshape(batch, kv_heads, -1, length, width).transpose(0, 3, 1, 2, 4)
         return out.reshape(batch, length, heads, width)
 
-    q_spec, kv_spec = rules.spec("batch", None, "heads", None), rules.spec("batch", "kv_heads", None, None)
-    row = rules.spec("batch", None)
-    attend = jax.shard_map(local, in_specs=(q_spec, kv_spec, kv_spec, row, row, row), out_specs=q_spec)
-    return attend(q, k, v, position_q, position_k, valid)
+    q_spec, kv_spec = rules.spec("batch", None, "heads", None), rules.spec("batch", "kv_heads", "length", None)
+    of_queries, of_slots = rules.spec("batch", None), rules.spec("batch", "length")
+    specs = (q_spec, kv_spec, kv_spec, of_queries, of_slots, of_slots)
+    return jax.shard_map(local, in_specs=specs, out_specs=q_spec)(q, k, v, position_q, position_k, valid)
+
+
+def _weights(scores: jax.Array, merged: bool) -> tuple[jax.Array, jax.Array]:
+    """[..., S] float32 -> softmax weights and 1; of slots split over `context`, weights that lack the shards' common
+    denominator [..., 1], and that."""
+    if not merged:
+        return jax.nn.softmax(scores, axis=-1), jnp.ones((), jnp.float32)
+    top = jax.lax.pmax(jnp.max(scores, axis=-1, keepdims=True), "context")
+    weights = jnp.exp(scores - top)
+    return weights, jax.lax.psum(jnp.sum(weights, axis=-1, keepdims=True), "context")

@@ -193,12 +193,16 @@ def test_large_scores_in_bfloat16_stay_finite_and_near():
     np.testing.assert_allclose(found[0].astype(np.float32), wanted, atol=2**-7 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize(("shape", "window"), [((1, 1, 1, 1), 0), ((1, 1, 1, 1), 6), ((1, 1, 1, 6), 0), ((2, 1, 1, 3), 0)])
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [((1, 1, 1, 1), 0), ((1, 1, 1, 1), 6), ((1, 1, 1, 6), 0), ((2, 1, 1, 3), 0), ((2, 1, 3, 1), 0), ((1, 1, 7, 1), 6)],
+)
 def test_queries_against_a_cache(shape, window):
-    """The last two queries of a row against all its keys, some slots of which hold nothing."""
+    """The last two queries of a row against all its keys, some slots of which hold nothing; with a window of 6 and seven
+    shards of three slots, most shards hold nothing that is seen."""
     positions, segments = rows_of(21, "padded left")
     q, k, v = draw(21)
-    rules = Rules(kv_heads=()) if shape[3] > KV_HEADS else RULES
+    rules = Rules(kv_heads=() if shape[3] > KV_HEADS else ("tensor",), length=("context",) if shape[2] > 1 else ())
     mesh = mesh_of(*shape)
     noise = 1e3 * (segments == 0)[..., None, None]  # unused slots may hold anything
 
@@ -206,9 +210,9 @@ def test_queries_against_a_cache(shape, window):
         return jax.device_put(x, NamedSharding(mesh, rules.spec(*axes)))
 
     def cache(x):
-        return place((x + noise).transpose(0, 2, 1, 3), "batch", "kv_heads", None, None)
+        return place((x + noise).transpose(0, 2, 1, 3), "batch", "kv_heads", "length", None)
 
-    rows = [place(x, "batch", None) for x in (positions[:, -2:], positions, segments != 0)]
+    rows = [place(positions[:, -2:], "batch", None), *(place(x, "batch", "length") for x in (positions, segments != 0))]
     with jax.set_mesh(mesh):
         attend = jax.jit(partial(cached_attention, mask=Mask(True, window), rules=rules))
         found = attend(place(q[:, -2:], "batch", None, "heads", None), cache(k), cache(v), *rows)
