@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -72,7 +73,8 @@ def folder(tmp_path_factory):
     config |= {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "max_position_embeddings": 8192, "hidden_act": "silu"}
     (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False, "torch_dtype": "bfloat16"}))
     assert sum(2 * math.prod(shape) for shape in shapes.values()) > 6e9
-    return path
+    yield path
+    shutil.rmtree(path)
 
 
 @pytest.mark.slow
@@ -81,6 +83,7 @@ def test_memory_beyond_the_devices(folder, to, tmp_path):
     flags = ["convert", str(folder), "--to", to, "--out", str(tmp_path / "out"), "--no-verify"]
     environment = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", PROGRAM, *flags], env=environment, capture_output=True, text=True, check=True)
+    shutil.rmtree(tmp_path / "out")
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["code"] == 0
     assert result["beyond"] < 1.3 * (2 * VOCAB * WIDTH) + 2e9, f"{result['beyond'] / 1e9:.2f} GB"
