@@ -24,6 +24,8 @@ from jaxmed.roll_call import roll_call
 INITIALISATION_SECONDS = 50
 HEARTBEAT_SECONDS = 50
 SHUTDOWN_SECONDS = 30
+DEFECTS = (NameError, TypeError, AttributeError, ImportError, AssertionError, LookupError, NotImplementedError, SyntaxError)
+"""Errors that no lost peer causes: started again, they come again"""
 LONGEST = 1 << 16
 """Bytes of a text that processes exchange"""
 
@@ -53,7 +55,8 @@ def initialise(config: DistributedConfig, environment: Mapping[str, str] = os.en
 
 
 def leave(error: BaseException) -> NoReturn:
-    """Ends this process of several at once, after telling why: 2 for what a person must mend, else `REQUEUE`.
+    """Ends this process of several at once, after telling why: 2 for what a person must mend, 1 for an error of the program's
+    own, else `REQUEUE`.
 
     An ordinary exit would wait for the others in a barrier that they never reach; they fail in their next collective, and
     leave as well. Nothing is saved: the last complete checkpoint is where the job goes on.
@@ -67,7 +70,7 @@ def leave(error: BaseException) -> NoReturn:
     if shared:  # all are here; were process 0 gone first, the runtime of the others would add its own complaints
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()
-    os._exit(error.code if mendable else REQUEUE)
+    os._exit(error.code if mendable else 1 if isinstance(error, DEFECTS) else REQUEUE)
 
 
 def is_first() -> bool:
