@@ -132,7 +132,9 @@ def test_bypass_in_bfloat16():
     assert np.abs(short.astype(jnp.float32) - exact).max() <= 2e-2 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize(("d", "grid"), [(18, (1, 1, 1)), (18, (4, 5, 5)), (72, (5, 2, 10)), (18, (10, 4, 25))])
+@pytest.mark.parametrize(
+    ("d", "grid"), [(18, (1, 1, 1)), (18, (4, 5, 5)), (72, (5, 2, 10)), (18, (10, 4, 25)), (18, (31, 32, 32))]
+)
 def test_attention_pool(d, grid):
     """With the position code before it and the norm after it; tokens that do not exist change nothing."""
     torch.manual_seed(d)
