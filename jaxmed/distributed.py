@@ -40,6 +40,7 @@ def initialise(config: DistributedConfig, environment: Mapping[str, str] = os.en
     if place is None:
         return
     roll_call(place, INITIALISATION_SECONDS)
+    _past_proxies(place.coordinator.rpartition(":")[0])
     # CPU processes talk over gloo; accelerators bring their own collectives and do not read this.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
@@ -52,6 +53,13 @@ def initialise(config: DistributedConfig, environment: Mapping[str, str] = os.en
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
+
+
+def _past_proxies(host: str) -> None:
+    """The runtime's calls would go to the proxy that many clusters set for the internet, and hang there."""
+    if any(name in os.environ for name in ("http_proxy", "https_proxy", "grpc_proxy")):
+        others = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy") or ""  # noqa: SIM112 (gRPC reads these alone)
+        os.environ["no_grpc_proxy"] = ",".join(name for name in (others, host) if name)  # noqa: SIM112
 
 
 def leave(error: BaseException) -> NoReturn:

@@ -121,7 +121,7 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, str], 
     monkeypatch.setattr(cluster.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
     monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name == "libtpu")
     with http.server.ThreadingHTTPServer(("localhost", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield {"GCE_METADATA_IP": f"localhost:{server.server_port}"}, asked
         server.shutdown()
 

@@ -109,11 +109,13 @@ leave(SharedError("the end"))
 def test_two_processes_that_differ(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     for name in ("0", "1"):
         (tmp_path / name).mkdir()
     (tmp_path / "0" / "file").write_text("")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    # a proxy that is not there: the processes must not ask it for each other
+    proxy = {"http_proxy": "http://localhost:1", "no_proxy": ""}
+    environment = os.environ | proxy | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(i), address],

@@ -45,7 +45,7 @@ def test_a_coordinator_that_does_not_answer_is_named(address: str) -> None:
     (error,) = call(address, [(1, 2)], seconds=1.0)
     assert isinstance(error, PeerError) and time.monotonic() - began < 3
     assert f"the coordinator {address} does not answer (Connection refused, for 1 s)" in str(error)
-    (error,) = call("no-such-host.invalid:1234", [(1, 2)], seconds=0.5)
+    (error,) = call("no-such-host.invalid:1234", [(1, 2)], seconds=0.3)
     assert "no-such-host.invalid:1234 does not answer" in str(error) and "\n" not in str(error)
 
 
@@ -53,7 +53,7 @@ def test_something_else_at_the_address_is_no_coordinator(address: str) -> None:
     with socket.create_server(("localhost", int(address.rpartition(":")[2]))) as server:
         server.settimeout(5)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            future = pool.submit(roll_call, Place(address, 2, 1, "test"), 1.0)
+            future = pool.submit(roll_call, Place(address, 2, 1, "test"), 0.2)
             line, _ = server.accept()
             line.sendall(b'"HTTP/1.1 400"\n')
             line.close()
