@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from jax._src import source_info_util  # the public API gives no source line of an equation
 
 
@@ -63,7 +64,8 @@ def kernel_flops(eqn: Any) -> float:
 
     Forward are two products of queries and keys; backward five, in one kernel or as three for dq and four for dk and dv.
     """
-    arrays = [local_shape(v.aval) for v in eqn.invars if getattr(v.aval, "ndim", 0) >= 3 and v.aval.dtype.itemsize <= 4]
+    floats = [v.aval for v in eqn.invars if getattr(v.aval, "ndim", 0) >= 3 and jnp.issubdtype(v.aval.dtype, jnp.floating)]
+    arrays = [local_shape(aval) for aval in floats]
     if len(arrays) < 2:
         return 0.0
     q, k = arrays[0], arrays[1]

@@ -7,13 +7,15 @@
 The mesh may be one of devices, of described devices (a topology), or abstract; it must be entered.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 
 from jaxmed.config import Experiment, LoraConfig
@@ -30,6 +32,8 @@ from jaxmed.types import Batch, KVCache
 
 Step = Literal["train", "prefill", "decode"]
 AnyMesh = Mesh | AbstractMesh
+CUDNN_VERSION = 90800
+"""As the descriptions of GPUs say (jaxmed.plan.topology)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +79,22 @@ def abstract_batch(experiment: Experiment, mesh: AnyMesh, rules: Rules, rows: in
 
 def trace(experiment: Experiment, mesh: AnyMesh, step: Step, length: int, platform: str) -> Program:
     """`length`: a bucket of training, a prompt's bucket, or the cache's slots."""
-    if step == "train":
-        return train_step(experiment, mesh, length)
-    return generation(experiment, mesh, step, length, platform)
+    with described_cudnn() if platform == "cuda" else contextlib.nullcontext():
+        if step == "train":
+            return train_step(experiment, mesh, length)
+        return generation(experiment, mesh, step, length, platform)
+
+
+@contextlib.contextmanager
+def described_cudnn() -> Iterator[None]:
+    """Lets JAX state cuDNN's attention on a machine that has none: it asks the installed library for its version, and here the
+    version that counts is the described GPU's."""
+    asked = fused_attention_stablehlo.check_cudnn_version
+    fused_attention_stablehlo.check_cudnn_version = lambda: CUDNN_VERSION
+    try:
+        yield
+    finally:
+        fused_attention_stablehlo.check_cudnn_version = asked
 
 
 def train_step(experiment: Experiment, mesh: AnyMesh, length: int) -> Program:

@@ -1,7 +1,6 @@
 """Does it fit, what breaks it, which flag helps most, and what is the smallest slice that does. Nothing is compiled here."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,8 +63,7 @@ def best_help(experiment: Experiment, topology: Topology, step: str, length: int
 def smallest(experiment: Experiment, topology: Topology, step: str, length: int) -> tuple[Topology, Shape, int] | None:
     """The smallest usual size of the family that fits comfortably, with a mesh and its bytes a device."""
     for other in siblings(topology):
-        rows = math.gcd(experiment.data.batch, other.count)
-        for shape in likely_meshes(experiment, other.count, step, most=3 if rows else 1):
+        for shape in likely_meshes(experiment, other.count, step, most=3):
             try:
                 total = analyse(with_mesh(experiment, shape), other, step, length).memory.total
             except UserError:
