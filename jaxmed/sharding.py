@@ -79,6 +79,20 @@ def rules_for(experiment: Experiment, mesh_shape: dict[str, int]) -> Rules:
     return rules
 
 
+def mesh_notices(experiment: Experiment, mesh_shape: dict[str, int]) -> list[str]:
+    """What a mesh does not split although its axes say so; for the person who chose it."""
+    rules, kv_heads = rules_for(experiment, mesh_shape), experiment.model.decoder.kv_heads
+    width, notices = experiment.model.tower.width, []
+    if rules.kv_heads != rules.heads:
+        notices.append(
+            f"mesh.tensor is {mesh_shape['tensor']} and the decoder has {kv_heads} kv heads: their projections, keys and "
+            "values are replicated over tensor, and each shard reads the one kv head of its query heads"
+        )
+    if experiment.model.tower.kind != "none" and mesh_shape["fsdp"] > 1 and not rules.tower:
+        notices.append(f"the tower is {width} wide, which mesh.fsdp = {mesh_shape['fsdp']} does not divide: it is replicated")
+    return notices
+
+
 def generation_rules(experiment: Experiment, mesh_shape: dict[str, int]) -> Rules:
     """The rules of generation: prompts and caches are split over `context` where that axis has several shards."""
     rules = rules_for(experiment, mesh_shape)

@@ -13,10 +13,12 @@ from mesh_case import EXPERIMENT, LENGTH, ROWS, Outcome, make_batch, train
 from jaxmed.config import LoraConfig, MeshConfig, TrainConfig
 from jaxmed.models.vlm import gather_tokens
 from jaxmed.nn.attention import Layout, Mask, attention
-from jaxmed.sharding import Rules, balanced_order, device_bytes, make_mesh
+from jaxmed.sharding import Rules, balanced_order, device_bytes, make_mesh, mesh_notices
 from jaxmed.train.init import abstract_state, blueprint, flatten, initialised
 
-SHAPES = [(8, 1, 1, 1), (2, 2, 1, 2), (1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 4, 1)]
+SHAPES = [(8, 1, 1, 1), (2, 2, 1, 2), (1, 8, 1, 1), (1, 2, 2, 2), (1, 1, 4, 1), (1, 2, 1, 4)]
+MORE = [(2, 1, 4, 1), (1, 1, 4, 2), (1, 4, 2, 1), (1, 1, 2, 4), (4, 2, 1, 1), (1, 1, 8, 1), (2, 1, 1, 4)]
+"""Four tensor shards have half a kv head each: there the kv heads are replicated"""
 COLLECTIVE = re.compile(r"all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all|collective-broadcast")
 
 
@@ -38,9 +40,26 @@ def test_dropout_and_adapter_are_at_work(one_device: Outcome) -> None:
     assert abs(without.losses[2] - one_device.losses[2]) > 1e-4
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in MORE)], ids=str)
 def test_losses_and_parameters_agree_with_one_device(shape: tuple[int, ...], one_device: Outcome) -> None:
-    outcome = train(shape)
+    agree(train(shape), one_device)
+
+
+@pytest.mark.slow
+def test_one_kv_head_on_two_tensor_shards_gives_the_same() -> None:
+    decoder = dataclasses.replace(EXPERIMENT.model.decoder, kv_heads=1)
+    single = dataclasses.replace(EXPERIMENT, model=dataclasses.replace(EXPERIMENT.model, decoder=decoder))
+    agree(train((1, 2, 2, 2), single), train((1, 1, 1, 1), single))
+
+
+def test_replicated_kv_heads_are_said() -> None:
+    shape = {"data": 1, "fsdp": 2, "context": 1, "tensor": 4}
+    (said,) = mesh_notices(EXPERIMENT, shape)
+    assert "mesh.tensor is 4" in said and "2 kv heads" in said and "replicated" in said
+    assert not mesh_notices(EXPERIMENT, shape | {"tensor": 2})
+
+
+def agree(outcome: Outcome, one_device: Outcome) -> None:
     np.testing.assert_allclose(outcome.losses, one_device.losses, atol=1e-5, rtol=0)
     np.testing.assert_allclose(outcome.grad_norms, one_device.grad_norms, atol=1e-5, rtol=1e-5)
     assert outcome.compilations == one_device.compilations == 1
