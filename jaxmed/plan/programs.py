@@ -24,7 +24,8 @@ from jaxmed.generate.weights import splits_layers
 from jaxmed.models.decoder import empty_cache
 from jaxmed.models.vlm import Vlm
 from jaxmed.nn.attention import layout_for
-from jaxmed.sharding import AXES, Rules, batch_specs, rules_for, state_specs, to_shardings
+from jaxmed.nn.cache import last_token
+from jaxmed.sharding import AXES, Rules, batch_specs, generation_rules, state_specs, to_shardings, whole_rows
 from jaxmed.train.init import abstract_state, blueprint, flatten
 from jaxmed.train.optim import make_optimizer
 from jaxmed.train.step import TokenCrossEntropy, make_step
@@ -118,7 +119,7 @@ def generation(experiment: Experiment, mesh: AnyMesh, step: Step, length: int, p
     """Adapters merged, as `jaxmed generate` does before it starts."""
     shape = dict(mesh.shape)
     merged = dataclasses.replace(experiment, lora=LoraConfig(rank=0))
-    rules = dataclasses.replace(rules_for(merged, shape), length=())
+    rules = generation_rules(merged, shape)
     dtype, split = jnp.dtype(merged.model.dtype), splits_layers(platform)
     graphdef, state = nnx.split(jax.eval_shape(lambda: Vlm(merged, jax.random.key(0), split=split)))
     shardings = to_shardings(state_specs(state, rules), mesh)
@@ -136,7 +137,8 @@ def generation(experiment: Experiment, mesh: AnyMesh, step: Step, length: int, p
             hidden, cache = model.decoder.prefill(
                 model.embed(batch, rules), batch.positions, batch.segment_ids, cache, layout, rules
             )
-            return jnp.argmax(model.decoder.logits(hidden[:, -1:], rules, None)[:, 0], axis=-1), cache
+            last = last_token(hidden, batch.order, rules)
+            return jnp.argmax(model.decoder.logits(last[:, None], rules, None)[:, 0], axis=-1), cache
 
         return _program(jax.jit(prefill).trace(params, batch), [("frozen", params), ("batch", batch)], ())
     abstract = jax.eval_shape(lambda: empty_cache(decoder, rows, length, dtype, split, rules))
@@ -146,7 +148,7 @@ def generation(experiment: Experiment, mesh: AnyMesh, step: Step, length: int, p
 
     def decode(params: Any, cache: KVCache, token: jax.Array, position: jax.Array) -> tuple[jax.Array, KVCache]:
         model = nnx.merge(graphdef, params)
-        h = model.decoder.embed(token[:, None], rules, dtype)
+        h = model.decoder.embed(token[:, None], whole_rows(rules), dtype)
         hidden, cache = model.decoder.step(h, position, cache, rules)
         return jnp.argmax(model.decoder.logits(hidden, rules, None)[:, 0], axis=-1), cache
 
