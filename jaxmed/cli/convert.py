@@ -90,23 +90,24 @@ def convert(args: Args) -> None:
     from jaxmed.checkpoint.folder_kinds import KINDS, detect
     from jaxmed.checkpoint.orbax_export import plan_native
     from jaxmed.checkpoint.tensor_files import parse_size
-    from jaxmed.distributed import is_first, say
+    from jaxmed.distributed import is_first, say, together
 
     shard_size = parse_size(args.shard_size, "--shard-size")
     if args.merge and args.to == "peft":
         raise UserError("--merge: peft is a layout of adapters; leave --merge out, or give --to hf")
-    if not args.dry_run:
-        if not args.out:
-            raise UserError("no --out: give the folder to write (or --dry-run, to see what it would hold)")
-        check_out(args.out)
-    kind = detect(args.source)
-    say(f"{args.source}: {KINDS[kind]}")
+    if not (args.dry_run or args.out):
+        raise UserError("no --out: give the folder to write (or --dry-run, to see what it would hold)")
     overrides = common.settings(args.set)
-    experiment = resolve(args.source, args.base, "float32", overrides, args.tower)
-    if args.to == "orbax":
-        plan = plan_native(experiment, DTYPES[args.dtype] if args.dtype else None, args.merge)
-    else:
-        plan = plan_export(experiment, args.to, args.dtype, args.merge)
+    with together():
+        if not args.dry_run:
+            check_out(args.out)
+        kind = detect(args.source)
+        say(f"{args.source}: {KINDS[kind]}")
+        experiment = resolve(args.source, args.base, "float32", overrides, args.tower)
+        if args.to == "orbax":
+            plan = plan_native(experiment, DTYPES[args.dtype] if args.dtype else None, args.merge)
+        else:
+            plan = plan_export(experiment, args.to, args.dtype, args.merge)
     if args.dry_run:
         if is_first():
             show(plan)
