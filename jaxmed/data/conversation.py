@@ -86,6 +86,9 @@ def normalise(text: str, images: int) -> str:
 
 
 NO_OPTIONS = TextOptions()
+UNKNOWN = "<unk>"
+"""What upstream fills rows with where templates have the masks below; a sample that holds it no longer adds up for it"""
+FILLED_WITH_UNKNOWN = ("v1", "llama_2")
 
 
 def encode_training(record: Record, tokenizer: Tokenizer, template: str, options: TextOptions = NO_OPTIONS) -> Example:
@@ -94,10 +97,10 @@ def encode_training(record: Record, tokenizer: Tokenizer, template: str, options
     if chosen.mask == "m3d":
         return encode_answered(record, tokenizer, options)
     record = settle(record, options.missing_image_token)
-    return _cut(_conversation(record, tokenizer, chosen), options.max_length)
+    return _cut(_conversation(record, tokenizer, chosen, options.max_length), options.max_length)
 
 
-def _conversation(record: Record, tokenizer: Tokenizer, chosen: Template) -> Example:
+def _conversation(record: Record, tokenizer: Tokenizer, chosen: Template, max_length: int) -> Example:
     images = len(record.images)
     turns = [(turn.role, normalise(turn.value, images) if images else turn.value) for turn in record.turns]
     if chosen.mask == "plain":
@@ -112,6 +115,9 @@ def _conversation(record: Record, tokenizer: Tokenizer, chosen: Template) -> Exa
     mask, counted = supervised(prompt, len(ids), chosen, encode, len(tokenizer.prefix), tokenizer.legacy)
     if counted != len(ids):
         return _void(ids, _diagnose(turns, chosen, counted, len(ids)))
+    fills = tokenizer.token_id(UNKNOWN) if chosen.mask in FILLED_WITH_UNKNOWN else None
+    if fills is not None and (ids == fills).any() and not 0 < max_length <= len(ids):  # upstream does not check what it cuts
+        return _void(ids, f"its text holds {UNKNOWN}, or letters that the tokenizer lacks; take them out")
     return _example(ids, mask)
 
 

@@ -14,6 +14,7 @@ from jaxmed.data.conversation import (
     IGNORE,
     IMAGE_ID,
     TEMPLATES,
+    TextOptions,
     check_template,
     encode_prompt,
     encode_text,
@@ -304,7 +305,7 @@ STYLES = {
     "chatml_direct": (0, spans_mpt),
 }
 WORDS = ["the lung", " nodule", "\n", " ", "No.", "9 mm", "USER", "", "</s>", " ASSISTANT: ", "[/INST] ", "<|im_end|>", "é"]
-WEIGHTS = [9, 9, 2, 4, 9, 5, 2, 3, 0.4, 0.3, 0.3, 0.3, 2]
+WEIGHTS = [9, 9, 2, 4, 9, 5, 2, 3, 0.4, 0.3, 0.3, 0.3, 0.3]
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -330,12 +331,13 @@ def test_masks_of_the_older_templates(key, legacy):
         prompt = render(TEMPLATES[key], turns)
         cursor, spans = STYLES[key]
         labels = encode_text(prompt, tokenizer)
+        filled = cursor == 1 and tokenizer.token_id("<unk>") in labels  # what rows are filled with is not counted
         labels[:cursor] = [IGNORE] * cursor
         for masked, total in spans(prompt, length, legacy):
             labels[cursor : cursor + masked] = [IGNORE] * len(labels[cursor : cursor + masked])
             cursor += total
         labels[cursor:] = [IGNORE] * len(labels[cursor:])
-        if cursor != len(labels):
+        if cursor != len(labels) or filled:
             labels = [IGNORE] * len(labels)
         assert example.labels.tolist() == labels
         assert (example.voided != "") == (set(labels) == {IGNORE})
@@ -353,6 +355,21 @@ def test_v1_of_a_vocabulary_that_joins_rounds():
     assert example.labels[example.labels != IGNORE].tolist() == expected
     wrong = Tokenizer(vocabularies.pieces(False), config | {"legacy": True})
     assert encode_training(record("<image>\nIs it?", "No nodule.", "So?", "Normal"), wrong, "v1").voided != ""
+
+
+@pytest.mark.parametrize(
+    ("folder", "template"), [("tinyllava/tinyllava_mini", "v1"), ("mistral_llava/llava_mistral_base", "mistral_instruct")]
+)
+def test_the_unknown_token_voids_its_sample(folder, template):
+    """Upstream fills rows with it, and counts the others; it does not count what is cut."""
+    tokenizer = Tokenizer.from_folder(str(GOLDEN.parent / folder))
+    for talk in (("<image>\nIs <unk> it?", "No."), ("<image>\nIs it?", "No <unk>."), ("<image>\nIs it?", "No.", "Q", "<unk>")):
+        example = encode_training(record(*talk), tokenizer, template)
+        assert "holds <unk>" in example.voided and set(example.labels.tolist()) == {IGNORE}
+        cut = encode_training(record(*talk), tokenizer, template, TextOptions(max_length=len(example.ids)))
+        assert cut.voided == "" and (cut.labels != IGNORE).any()
+        assert encode_training(record(*talk), tokenizer, template, TextOptions(max_length=len(example.ids) + 1)).voided
+    assert encode_training(record("<image>\nIs it?", "No."), tokenizer, template).voided == ""
 
 
 def test_a_tokenizer_without_the_templates_tokens_is_refused():
