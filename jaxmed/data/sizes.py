@@ -23,7 +23,7 @@ from jaxmed.data.tokenizer import IMAGE_ID, Tokenizer
 from jaxmed.errors import UserError
 
 # Raise it when templates, masks or normalisation change what a text's sizes are.
-VERSION = "2"
+VERSION = "3"
 READERS = 8
 PIECE = 256
 Stamped = tuple[tuple[int, int], Header]

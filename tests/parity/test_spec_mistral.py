@@ -252,6 +252,11 @@ def test_prompts_in_mistrals_vocabulary(mistral):
     assert raw.endswith("[/INST]")
     found = encode_prompt([("human", text), ("gpt", None)], mistral, "mistral_instruct").tolist()
     assert found == [*begin, *LINES, *told, *end]
+    # the second stage has the patient's data before the same
+    told = [2820, 16981, 2236, 2670, 28725, 4537, 28814, 2482, 567, 315, 5072, 28723]
+    text = 'Patient Data:\n{"Age": 61}\n\n' + USER + mistral.decode(told).strip()
+    found = encode_prompt([("human", text), ("gpt", None)], mistral, "mistral_instruct").tolist()
+    assert found[-len(told) - 9 :] == [4176, *LINES[1:], *told, *end]
 
 
 ANSWERS = ["No.", "\nNo.", "3 nodules", "___ is seen", "é µm", "A\nB", "[/INST].", " x", "No. </ s>"]
