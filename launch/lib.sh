@@ -11,6 +11,9 @@ why() {
     [[ -s $log ]] || { echo "  $log: is empty" && continue; }
     lines=$(grep -a -m 1 -A 1 'tasks are unhealthy' "$log" | tr '\n' ' ') || true
     # the rest of what the runtime prints when it aborts names nobody
+    if [[ -z $lines ]] && grep -aq 'Failed to send RPC to coordination service' "$log"; then
+      lines="lost process 0, which coordinates: its own log says more"
+    fi
     [[ -n $lines ]] || lines=$(grep -av -e '^ *@ *0x' -e 'Check failure stack trace' -e '^ *$' "$log" | tail -n 1) || true
     echo "  $log: ${lines:0:400}"
   done

@@ -98,10 +98,19 @@ def test_local_ends_all_when_one_dies_and_names_it(stage: Stage) -> None:
         assert f"logs/{i}.log: process {i}: last words" in done.stderr
 
 
-@pytest.mark.parametrize(("code", "verdict"), [(2, 2), (1, 1), (75, 75), (134, 75), (3, 3)])
-def test_local_passes_on_what_a_person_must_mend(stage: Stage, code: int, verdict: int) -> None:
-    stage.plan(_0=[(75, 0.5)], _1=[(code, 0)])
-    assert stage.local("2", "1", "train", "quickstart", "--out", "run").returncode == verdict
+def test_local_passes_on_what_a_person_must_mend(stage: Stage) -> None:
+    stage.plan(_0=[(75, 0.5)], _1=[(2, 0)])
+    assert stage.local("2", "1", "train", "quickstart", "--out", "run").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("codes", "verdict"),
+    [("0 0", 0), ("75 0", 75), ("75 2 1", 2), ("75 1 137", 1), ("0 134", 75), ("143 137", 75), ("75 3", 3), ("130 75", 130)],
+)
+def test_codes_of_processes_come_to_one(codes: str, verdict: int) -> None:
+    script = f"source {LAUNCH}/lib.sh; verdict {codes}"
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{verdict}\n"
 
 
 def test_local_lets_the_others_go_on_generating(stage: Stage) -> None:
@@ -159,13 +168,17 @@ F1126 00:44:48.803011   24254 client.h:80] Terminating process because the JAX d
 def test_the_coordinators_line_is_repeated(tmp_path: Path) -> None:
     (tmp_path / "0.log").write_text(UNHEALTHY)
     (tmp_path / "1.log").write_text("")
+    (tmp_path / "3.log").write_text(
+        "F1126 Terminating: UNAVAILABLE: Failed to send RPC to coordination service.\n:UNKNOWN:Error\n"
+    )
     (tmp_path / "2.log").write_text("step 3\nprocess 2 of 4: lost\n\n*** Check failure stack trace: ***\n  @ 0x1\n")
     why = f"source {LAUNCH}/lib.sh; why {tmp_path}/*.log"
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", why], capture_output=True, text=True, check=True)
-    first, second, third = done.stdout.splitlines()
+    first, second, third, fourth = done.stdout.splitlines()
     assert "The following tasks are unhealthy (stopped sending heartbeats): 1, 3" in first
     assert second.endswith("1.log: is empty")
     assert third.endswith("2.log: process 2 of 4: lost")
+    assert fourth.endswith("3.log: lost process 0, which coordinates: its own log says more")
 
 
 SRUN = """#!/usr/bin/env bash
