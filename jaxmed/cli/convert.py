@@ -24,8 +24,8 @@ as Hugging Face, PEFT, LLaVA, M3D or SAMF wrote it; which, is told from its file
   orbax   a run that needs no other folder: every parameter in one checkpoint, read slice by slice onto --mesh; adapters stay
           apart unless --merge is given. `jaxmed generate`, `jaxmed train --model.adapter` and jaxmed.load take it
   hf      adapters merged into the base (in float32), for transformers and what builds on it; the projector stands beside it
-  peft    the adapter alone, for `peft` on the base
           (CLIP or SigLIP, mlp2x_gelu and LLaMA or Mistral: all of it, as LlavaForConditionalGeneration)
+  peft    the adapter alone, for `peft` on the base
   llava   upstream's layout: the whole model; adapter, non_lora_trainables.bin and config.json for LoRA unless --merge is given;
           mm_projector.bin where the projector alone was trained
   lamed   M3D-LaMed's layout; adapters apart in model_with_lora.bin unless --merge is given
