@@ -1,8 +1,10 @@
 """The same numbers on every mesh, and proof that the mesh is used: bytes a device, attention's work, the merge's silence."""
 
+import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +28,18 @@ def mesh_of(shape: tuple[int, ...]) -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])
 
 
+@contextlib.contextmanager
+def compiled_quickly() -> Iterator[None]:
+    """For programs that run three times on small arrays."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def one_device() -> Outcome:
-    return train((1, 1, 1, 1))
+    with compiled_quickly():
+        return train((1, 1, 1, 1))
 
 
 def test_dropout_and_adapter_are_at_work(one_device: Outcome) -> None:
@@ -42,14 +53,16 @@ def test_dropout_and_adapter_are_at_work(one_device: Outcome) -> None:
 
 @pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in MORE)], ids=str)
 def test_losses_and_parameters_agree_with_one_device(shape: tuple[int, ...], one_device: Outcome) -> None:
-    agree(train(shape), one_device)
+    with compiled_quickly():
+        agree(train(shape), one_device)
 
 
 @pytest.mark.slow
 def test_one_kv_head_on_two_tensor_shards_gives_the_same() -> None:
     decoder = dataclasses.replace(EXPERIMENT.model.decoder, kv_heads=1)
     single = dataclasses.replace(EXPERIMENT, model=dataclasses.replace(EXPERIMENT.model, decoder=decoder))
-    agree(train((1, 2, 2, 2), single), train((1, 1, 1, 1), single))
+    with compiled_quickly():
+        agree(train((1, 2, 2, 2), single), train((1, 1, 1, 1), single))
 
 
 def test_replicated_kv_heads_are_said() -> None:
