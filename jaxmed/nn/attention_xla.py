@@ -49,7 +49,7 @@ def local_attention(
         position_k, segment_k = positions, segments
     table = _pair_table(q.shape[1] // chunk, k.shape[1] // chunk, context, chunk, mask, layout.order)
     pairs = _varying(jnp.asarray(table), axes)[jax.lax.axis_index("context") if context > 1 else 0]  # [P, 2]
-    # tied to q: otherwise JAX takes the masks of all pairs, which are the same in every layer, out of the loop over layers (T^2)
+    # tied to q: otherwise JAX takes the masks of all pairs, the same in every layer, out of the loop over layers (T x T)
     q, pairs = jax.lax.optimization_barrier((q, pairs))
     grouped = q.reshape(batch, q.shape[1], kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [B, K, S, H]
