@@ -262,7 +262,7 @@ def found(module: Module, sizes: Mapping[str, int]) -> list[Collective]:
     for name, body in module.computations.items():
         for instruction in body:
             kind = KINDS.get(instruction.opcode.removesuffix("-start"))
-            if kind is None or not times.get(name):
+            if kind is None or not times.get(name) or _goes_on(body, instruction):
                 continue
             groups = groups_of(instruction) or everyone
             axes = axes_of(groups, sizes)
@@ -276,6 +276,13 @@ def found(module: Module, sizes: Mapping[str, int]) -> list[Collective]:
                     Collective(kind, axes, sent, times[name], place(module, instruction), shape[1] if shape else "", dims)
                 )
     return result
+
+
+def _goes_on(body: list[Instruction], instruction: Instruction) -> bool:
+    """Whether this is a later link of a TPU's fused asynchronous collective: a chain of fusions holds it once in each link (its
+    start, the work that it hides behind, its end)."""
+    starts = any("AsyncCollectiveStart" in other.rest for other in body)
+    return "chain_id=" in instruction.rest and not starts
 
 
 def _whole(module: Module, computation: str, instruction: Instruction, kind: str) -> float:

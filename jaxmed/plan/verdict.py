@@ -38,15 +38,13 @@ def changes(experiment: Experiment, topology: Topology, step: str) -> Iterator[t
             yield flags(shape), with_mesh(experiment, shape)
 
 
-def likely_meshes(experiment: Experiment, count: int, step: str, most: int = 6) -> list[Shape]:
-    """The legal meshes that split most of what takes memory: weights, then the sequence, then rows."""
+def likely_meshes(experiment: Experiment, count: int, step: str) -> list[Shape]:
+    """The legal meshes that split most of the weights and rows, and then most of the sequence, or of heads and vocabulary."""
     legal = legal_meshes(experiment, count)
-
-    def split(shape: Shape) -> tuple[int, int, int]:
-        data, fsdp, context, tensor = shape
-        return fsdp * tensor, (context if step == "train" else 1) * fsdp * data, -tensor
-
-    return sorted(legal, key=split, reverse=True)[:most]
+    keys = [lambda m: (m[1] * m[3], m[1]), lambda m: (m[1], m[3])]
+    if step == "train":
+        keys.insert(0, lambda m: (m[1], m[2]))
+    return list(dict.fromkeys(max(legal, key=key) for key in keys)) if legal else []
 
 
 def best_help(experiment: Experiment, topology: Topology, step: str, length: int) -> Help | None:
@@ -63,7 +61,7 @@ def best_help(experiment: Experiment, topology: Topology, step: str, length: int
 def smallest(experiment: Experiment, topology: Topology, step: str, length: int) -> tuple[Topology, Shape, int] | None:
     """The smallest usual size of the family that fits comfortably, with a mesh and its bytes a device."""
     for other in siblings(topology):
-        for shape in likely_meshes(experiment, other.count, step, most=3):
+        for shape in likely_meshes(experiment, other.count, step):
             try:
                 total = analyse(with_mesh(experiment, shape), other, step, length).memory.total
             except UserError:

@@ -137,15 +137,15 @@ CHAIN = """HloModule jit_f, is_scheduled=true
 
 %first (p: bf16[24,128]) -> (bf16[24,128], bf16[96,128]) {
   %p = bf16[24,128]{1,0} parameter(0)
-  %all-gather.1 = bf16[96,128]{1,0} all-gather(%p), channel_id=5, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, \\
+  %all-gather.1 = bf16[96,128]{1,0} all-gather(%p), channel_id=5, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, \
 frontend_attributes={chain_id="3"}
-  ROOT %custom-call.1 = (bf16[24,128]{1,0}, bf16[96,128]{1,0}) custom-call(%all-gather.1), \\
+  ROOT %custom-call.1 = (bf16[24,128]{1,0}, bf16[96,128]{1,0}) custom-call(%all-gather.1), \
 custom_call_target="AsyncCollectiveStart"
 }
 
 %last (p.1: bf16[24,128]) -> bf16[96,128] {
   %p.1 = bf16[24,128]{1,0} parameter(0)
-  %all-gather.2 = bf16[96,128]{1,0} all-gather(%p.1), channel_id=5, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, \\
+  %all-gather.2 = bf16[96,128]{1,0} all-gather(%p.1), channel_id=5, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, \
 frontend_attributes={chain_id="3"}
   ROOT %custom-call.2 = bf16[96,128]{1,0} custom-call(%p.1, %all-gather.2), custom_call_target="AsyncCollectiveDone"
 }

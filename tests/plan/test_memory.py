@@ -1,0 +1,97 @@
+"""The plan's classes of memory: exact where they are arguments, near the compiler's own account where one is asked."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+from small import small
+
+from jaxmed._configs import btb3d
+from jaxmed.config import MeshConfig
+from jaxmed.plan import programs
+from jaxmed.plan.analysis import analyse
+from jaxmed.plan.lowering import compile_step, out_of_memory
+from jaxmed.plan.memory import COMPILER_SHARE, estimate
+from jaxmed.plan.topology import parse_topology
+from jaxmed.sharding import device_bytes
+
+
+def classes(experiment, step="train", platform="tpu"):
+    mesh = experiment.mesh
+    devices = programs.abstract_mesh((mesh.data, mesh.fsdp, mesh.context, mesh.tensor), platform)
+    with jax.sharding.use_abstract_mesh(devices):
+        program = programs.trace(experiment, devices, step, experiment.data.buckets[0], platform)
+        return estimate(program, experiment, platform).classes, programs.parameter_counts(experiment, devices)
+
+
+def test_state_is_counted_to_the_byte():
+    found, (trained, frozen) = classes(small())
+    assert found["frozen"] == device_bytes(frozen)
+    assert found["trainable"] == device_bytes(trained)
+    assert 2 * device_bytes(trained) <= found["optimizer"] <= 2 * device_bytes(trained) + 1000
+    assert found["compiler"] == round(COMPILER_SHARE * (sum(found.values()) - found["compiler"]))
+
+
+def test_what_the_policies_keep_is_what_they_say():
+    """Residual streams of three layers; with `attention` queries, keys, values, output and its log-sum besides."""
+    rows, length, width, layers, heads, kv = 1, 512 // 2, 128, 3, 4 // 2, 2 // 2
+    stream = layers * rows * length * width * 4
+    wide = layers * rows * length * 32 * 4
+    full = classes(small(remat="full"), platform="cpu")[0]["activations"]
+    kept = classes(small(remat="attention"), platform="cpu")[0]["activations"]
+    assert full == stream
+    assert kept == stream + wide * (2 * heads + 2 * kv) + layers * rows * length * heads * 4
+    assert classes(small(remat="none"), platform="cpu")[0]["activations"] > 2 * kept
+
+
+def test_microbatches_divide_activations():
+    whole = classes(small(mesh=(1, 2, 2, 2), rows=8))[0]
+    cut = classes(small(mesh=(1, 2, 2, 2), rows=8, microbatches=4))[0]
+    assert cut["activations"] + cut["working set"] < 0.4 * (whole["activations"] + whole["working set"])
+
+
+def test_the_cache_is_a_class_of_its_own():
+    found, _ = classes(small(mesh=(2, 2, 1, 2)), "decode")
+    assert found["cache"] >= 2 * 3 * 1 * 1 * 512 * 32 * 4, "two arrays of three layers, a row and a head a device"
+    assert found["activations"] == found["optimizer"] == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "size"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.5G of 15.75G hbm. Exceeded hbm capacity",
+            23.5 * 2**30,
+        ),
+        ("INVALID_ARGUMENT: no such thing", 0),
+    ],
+)
+def test_a_compilers_refusal_is_read(message, size):
+    assert out_of_memory(message) == round(size)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_classes_agree_with_the_tpu_compiler():
+    """BTB3D's step at 32,768 tokens; arrays, no seconds."""
+    config = dataclasses.replace(btb3d.get_config(), mesh=MeshConfig(1, 8, 2, 1))
+    topology = parse_topology("v5p:2x2x4")
+    compiled = compile_step(config, topology, "train", 32768)
+    assert analyse(config, topology, "train", 32768).memory.total == pytest.approx(compiled.used, rel=0.05)
+    assert compiled.used <= 0.85 * topology.chip.hbm
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the plan-gpu extra")
+@pytest.mark.parametrize(("mesh", "remat", "rows"), [((1, 8, 1, 1), "full", 8), ((1, 4, 1, 2), "attention", 4)])
+def test_the_classes_agree_with_the_gpu_compiler(mesh, remat, rows):
+    config = btb3d.get_config()
+    train, data = (dataclasses.replace(config.train, remat=remat), dataclasses.replace(config.data, batch=rows))
+    config = dataclasses.replace(config, mesh=MeshConfig(*mesh), train=train, data=data)
+    topology = parse_topology("h100:1x8")
+    compiled = compile_step(config, topology, "train", 32768)
+    assert analyse(config, topology, "train", 32768).memory.total == pytest.approx(compiled.used, rel=0.05)
+    least = analyse(config, topology, "train", 32768).least["fsdp"]
+    sent = sum(c["bytes"] * c["times"] for c in compiled.collectives if "fsdp" in c["axes"] and c["kind"] == "all-gather")
+    assert 0.9 * least <= sent <= 1.2 * least
