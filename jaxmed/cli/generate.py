@@ -107,12 +107,14 @@ def _run(args: Args, defects: frozenset[str], preemption: Preemption) -> int:
     from jaxmed.generate.journal import Journal
     from jaxmed.generate.sampling import Sampling
     from jaxmed.generate.studies import Request, Writer, check_records, finish
-    from jaxmed.sharding import make_mesh
+    from jaxmed.sharding import make_mesh, mesh_notices
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
     mesh = make_mesh(args.mesh, jax.local_devices())
     overrides = common.settings(args.set) | ({"visual.pixels.pad_grey": True} if "pad_grey" in defects else {})
     model = load(args.folder, args.base, args.tower, mesh, args.dtype, overrides)
+    for text in mesh_notices(model.experiment, dict(mesh.shape)):
+        common.notice(text)
     records, problems = load_records(args.records, _reading(model.experiment, defects))
     template = args.template or model.experiment.data.template
     request = Request(

@@ -23,7 +23,7 @@ from jaxmed.data.plan import GlobalBatch
 from jaxmed.distributed import is_first, say
 from jaxmed.errors import Preempted, UserError
 from jaxmed.preemption import Preemption, listening
-from jaxmed.sharding import make_mesh
+from jaxmed.sharding import make_mesh, mesh_notices
 from jaxmed.train.diagnose import explain_poison
 from jaxmed.train.flops import peak_flops, step_flops, weight_counts
 from jaxmed.train.folder import Skipped, open_run
@@ -64,6 +64,8 @@ def fit(experiment: Experiment, out: str, devices: Sequence[jax.Device] | None =
     mesh = make_mesh(experiment.mesh, devices)
     with jax.set_mesh(mesh), listening() as preemption:
         model = blueprint(experiment, mesh)
+        for text in mesh_notices(experiment, dict(mesh.shape)):
+            say(text)
         if not model.trainable:
             raise UserError("nothing would be trained; set lora.rank above 0, or train.trainable to projector or all")
         checkpoints = Checkpoints(out, experiment.train.keep)
