@@ -42,14 +42,14 @@ class Candidate:
 def variants(experiment: Experiment, topology: Topology, step: str) -> Iterator[Experiment]:
     """Every configuration that is tried."""
     if step != "train":
-        for shape in legal_meshes(experiment, topology.count):
+        for shape in legal_meshes(experiment, topology):
             if shape[2] == 1:  # the cache is not split along its length
                 yield with_mesh(experiment, shape)
         return
     batch = experiment.data.batch
     for pieces in (n for n in (1, 2, 4, 8) if batch % n == 0):
         cut = replace_field(experiment, "data.microbatches", pieces)
-        for shape in legal_meshes(cut, topology.count):
+        for shape in legal_meshes(cut, topology):
             for policy in POLICIES:
                 yield replace_field(with_mesh(cut, shape), "train.remat", policy)
 

@@ -33,14 +33,14 @@ def changes(experiment: Experiment, topology: Topology, step: str) -> Iterator[t
             yield f"--data.microbatches {pieces}", replace_field(experiment, "data.microbatches", pieces)
     elif data.batch > 1:
         yield f"--data.batch {data.batch // 2}", replace_field(experiment, "data.batch", data.batch // 2)
-    for shape in likely_meshes(experiment, topology.count, step):
+    for shape in likely_meshes(experiment, topology, step):
         if shape != dataclasses.astuple(experiment.mesh):
             yield flags(shape), with_mesh(experiment, shape)
 
 
-def likely_meshes(experiment: Experiment, count: int, step: str) -> list[Shape]:
+def likely_meshes(experiment: Experiment, topology: Topology, step: str) -> list[Shape]:
     """The legal meshes that split most of the weights and rows, and then most of the sequence, or of heads and vocabulary."""
-    legal = legal_meshes(experiment, count)
+    legal = legal_meshes(experiment, topology)
     keys = [lambda m: (m[1] * m[3], m[1]), lambda m: (m[1], m[3])]
     if step == "train":
         keys.insert(0, lambda m: (m[1], m[2]))
@@ -61,7 +61,7 @@ def best_help(experiment: Experiment, topology: Topology, step: str, length: int
 def smallest(experiment: Experiment, topology: Topology, step: str, length: int) -> tuple[Topology, Shape, int] | None:
     """The smallest usual size of the family that fits comfortably, with a mesh and its bytes a device."""
     for other in siblings(topology):
-        for shape in likely_meshes(experiment, other.count, step):
+        for shape in likely_meshes(experiment, other, step):
             try:
                 total = analyse(with_mesh(experiment, shape), other, step, length).memory.total
             except UserError:
