@@ -48,8 +48,8 @@ def traced_gradient(remat, shape=(2, 1, 1, 2), order="natural"):
     """The gradient of a decoder's output with respect to its input."""
     mesh, rules = make_mesh(MeshConfig(*shape), jax.devices()[: shape[0] * shape[1] * shape[2] * shape[3]]), Rules()
     with jax.set_mesh(mesh):
-        make = lambda: Decoder(DECODER, LoraConfig(rank=0), 0, jax.random.key(0), False)  # noqa: E731
-        graphdef, state = nnx.split(jax.eval_shape(make))
+        abstract = jax.eval_shape(lambda: Decoder(DECODER, LoraConfig(rank=0), 0, jax.random.key(0), False))
+        graphdef, state = nnx.split(abstract)
         params = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             nnx.to_pure_dict(state),

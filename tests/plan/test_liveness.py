@@ -43,7 +43,9 @@ def test_a_chain_that_a_product_reads_is_written_first():
 
 
 def test_chains_through_inner_functions_are_fused_where_the_platform_does():
-    f = lambda x: jnp.sum(jax.nn.silu(x) * 2.0)  # noqa: E731
+    def f(x):
+        return jnp.sum(jax.nn.silu(x) * 2.0)
+
     assert peak(f, SQUARE, fuses=True).classes["made"] < N
     assert peak(f, SQUARE).classes["made"] >= N
 
