@@ -33,7 +33,8 @@ def row(plan: dict) -> str:
     counted = "compiled" if sent["from"].startswith("the compiled") else "traced"
     fsdp = f"{sent['axes'].get('fsdp', 0.0) / least:.2f} ({counted})" if least else ""
     what = f"{plan['topology']['name']} {plan['step']}"
-    cells = [what, f"({mesh})", f"{memory['compiler'].get('seconds', 0):.0f}", share, f"{memory['model_over_compiler']:.3f}", fsdp]
+    seconds = f"{memory['compiler'].get('seconds', 0):.0f}"
+    cells = [what, f"({mesh})", seconds, share, f"{memory['model_over_compiler']:.3f}", fsdp]
     return "| " + " | ".join([*cells, f"{plan['flops']['ratio']:.2f}", f"{time['bound']}, {time['mfu']:.0%}"]) + " |"
 
 

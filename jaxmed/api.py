@@ -86,4 +86,3 @@ def _of_run(folder: str, base: str, tower: str) -> Experiment:
         )
     visual = dataclasses.replace(found.visual, encoder=found.visual.encoder or meta["encoder"])
     return dataclasses.replace(found, model=model, visual=visual)
-

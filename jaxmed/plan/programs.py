@@ -25,7 +25,7 @@ from jaxmed.models.decoder import empty_cache
 from jaxmed.models.vlm import Vlm
 from jaxmed.nn.attention import layout_for
 from jaxmed.nn.cache import last_token
-from jaxmed.sharding import AXES, Rules, batch_specs, generation_rules, state_specs, to_shardings, whole_rows
+from jaxmed.sharding import AXES, Rules, batch_specs, generation_rules, like, replicated, state_specs, to_shardings, whole_rows
 from jaxmed.train.init import abstract_state, blueprint, flatten
 from jaxmed.train.optim import make_optimizer
 from jaxmed.train.step import TokenCrossEntropy, make_step
@@ -70,10 +70,9 @@ def abstract_batch(experiment: Experiment, mesh: AnyMesh, rules: Rules, rows: in
         "image_token_mask": ((rows, images, visual.tokens), jnp.bool),
         "image_grid": ((rows, images, 3), jnp.int32),
     }
-    specs = batch_specs(rules, order, image_ndim(visual))
+    placed = to_shardings(batch_specs(rules, order, image_ndim(visual)), mesh)
     leaves = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, getattr(specs, name)))
-        for name, (shape, dtype) in described.items()
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(placed, name)) for name, (shape, dtype) in described.items()
     }
     return Batch(**leaves, order=order)
 
@@ -157,7 +156,7 @@ def generation(experiment: Experiment, mesh: AnyMesh, step: Step, length: int, p
 
 
 def _on(mesh: AnyMesh, x: jax.ShapeDtypeStruct) -> NamedSharding:
-    return NamedSharding(mesh, x.sharding.spec) if x.ndim else NamedSharding(mesh, Rules().spec())
+    return like(x.sharding, mesh) if x.ndim else replicated(mesh)
 
 
 def _program(traced: Any, labelled: list[tuple[str, Any]], donated: tuple[str, ...]) -> Program:
