@@ -122,7 +122,7 @@ def test_a_run_refuses_another_base(trained, tmp_path):
     with (other / "model-00002-of-00004.safetensors").open("r+b") as file:
         file.seek(-40, 2)
         file.write(b"\x01" * 8)
-    with pytest.raises(UserError, match="another base"):
+    with pytest.raises(UserError, match="other weights than those of"):
         jaxmed.load(str(trained), base=str(other))
     with pytest.raises(UserError, match="not on this machine"):
         jaxmed.load(str(trained), base=str(tmp_path / "nowhere"))
@@ -154,7 +154,7 @@ def test_what_no_file_stores_can_be_overridden(model):
     ("kwargs", "words"),
     [
         ({"folder": "nowhere"}, "no such folder"),
-        ({"folder": ADAPTER, "base": BASE, "tower": "clip"}, "has no tower"),
+        ({"folder": ADAPTER, "base": BASE, "tower": "clip"}, "without an image tower"),
         ({"folder": str(GOLDEN / "llava_lora_z2")}, "checkpoint-16"),
     ],
 )
