@@ -33,7 +33,7 @@ def write_plan(path: str | Path, plan: dict[str, Any]) -> None:
         title=f"Plan of a {plan['step']} step on {plan['topology']['name']}",
         subtitle=f"{plan['topology']['chips']} chips, {plan['topology']['chip']}; rows of {plan['length']:,} tokens",
         facts=_facts(plan),
-        verdict=plan["verdict"],
+        verdict=plan["verdict"][:1].upper() + plan["verdict"][1:],
         fits=plan["fits"],
         notices=[],
         warnings=plan["warnings"],
@@ -108,7 +108,7 @@ def _sent_plot(sent: dict[str, Any]) -> str:
         axes.plot([x for _, x in least], [i for i, _ in least], "D", color=COLOURS[1], label="least possible")
         axes.set(yticks=list(places), yticklabels=names, xlabel="GB a device and step")
         axes.invert_yaxis()
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
 
     return _figure(9.5, 0.9 + 0.42 * max(len(names), 1), draw)
 
