@@ -5,6 +5,7 @@ that is replicated is among them: it is the mesh whose axes but `data` are 1, or
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -64,7 +65,8 @@ def sweep(
         if progress:
             progress(number, len(tried))
         try:
-            candidates.append(_candidate(variant, topology, analyse(variant, topology, step, length)))
+            with warnings.catch_warnings(action="ignore"):  # which kernel each variant has; the chosen one says it again
+                candidates.append(_candidate(variant, topology, analyse(variant, topology, step, length)))
         except UserError:  # what only tracing finds out
             continue
     if not candidates:
