@@ -39,7 +39,11 @@ class Given:
     @property
     def heads(self) -> int:
         """Attention heads of the image tower (0: not said)."""
-        return int(self.fields.get("model.tower.heads", 0))
+        said = self.fields.get("model.tower.heads", 0)
+        try:
+            return int(said)
+        except (TypeError, ValueError):
+            raise UserError(f"model.tower.heads is {said!r}; a whole number is needed") from None
 
 
 @dataclass(frozen=True)

@@ -151,11 +151,6 @@ def _unreadable(path: str, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be read ({first_line}); copy it again, or move {folder} away: the one before is taken")
 
 
-def is_complete(run: str) -> bool:
-    """Whether a run's checkpoint holds every parameter (`jaxmed convert --to orbax`), not what was trained alone."""
-    return bool(read_meta(os.path.join(run, FOLDER), newest(run)).get("complete"))
-
-
 def restore_part(run: str, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
     """Some arrays {path: array} of a checkpoint's trainable half, in the dtypes and shardings of `wanted`.
 

@@ -170,7 +170,9 @@ def _image_side(source: Source, select: Selection, tower: str) -> tuple[VisualCo
 
 def _data(config: Mapping[str, Any], tokenizer: str, decoder: DecoderConfig) -> DataConfig:
     """Template and lengths as the published models of a family were trained."""
-    family, length = config["model_type"], int(config.get("tokenizer_model_max_length") or 0)
+    family, length = config["model_type"], config.get("tokenizer_model_max_length") or 0
+    if not isinstance(length, int) or length < 0:
+        raise UserError(f"config.json: tokenizer_model_max_length is {length!r}; a whole number is needed")
     template = "mistral_instruct" if family == "llava_mistral" else "v1"
     if template == "v1" and has_tokenizer(tokenizer) and Tokenizer.from_folder(tokenizer).token_id("<|start_header_id|>"):
         template = "llama3"

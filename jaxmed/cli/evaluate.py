@@ -13,7 +13,7 @@ import tyro
 from rich.table import Table
 
 from jaxmed.cli import common
-from jaxmed.data.records import load_records
+from jaxmed.data.records import Reading, load_records
 from jaxmed.data.volumes import Override
 from jaxmed.errors import BadRecords, UserError
 from jaxmed.evaluate import scores as scoring
@@ -79,7 +79,9 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
     {title: {row: number or text, or {column: number or text}}}."""
     if args.resamples < 1:
         raise UserError(f"--resamples is {args.resamples}; give at least 1")
-    records, problems = load_records(args.records)
+    # where an image would stand in the text is nothing to a score
+    table = args.records.lower().endswith(".csv")
+    records, problems = load_records(args.records, Reading("prepend", placeholders=table))
     if problems and args.on_bad_record == "stop":
         raise BadRecords(problems)
     studies, notices = pairing.pair(pairing.read_answers(args.answers), records, args.answers)

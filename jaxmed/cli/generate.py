@@ -103,7 +103,7 @@ def run(argv: list[str]) -> int:
 
 def _run(args: Args, defects: frozenset[str], preemption: Preemption) -> int:
     # imported late: --help and the errors above need none of it
-    from jaxmed.api import load
+    from jaxmed.api import Model, load
     from jaxmed.generate.journal import Journal
     from jaxmed.generate.sampling import Sampling
     from jaxmed.generate.studies import Request, Writer, check_records, finish
@@ -113,6 +113,8 @@ def _run(args: Args, defects: frozenset[str], preemption: Preemption) -> int:
     mesh = make_mesh(args.mesh, jax.local_devices())
     overrides = common.settings(args.set) | ({"visual.pixels.pad_grey": True} if "pad_grey" in defects else {})
     model = load(args.folder, args.base, args.tower, mesh, args.dtype, overrides)
+    if not isinstance(model, Model):
+        raise UserError(f"{args.folder}: holds encoders alone, which write no text; use it from Python (jaxmed.load)")
     for text in mesh_notices(model.experiment, dict(mesh.shape)):
         common.notice(text)
     records, problems = load_records(args.records, _reading(model.experiment, defects))

@@ -1,6 +1,5 @@
 """One configuration on one topology, without compiling it: memory, FLOPs, bytes sent, roofline."""
 
-import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
@@ -84,10 +83,6 @@ def by_axis(sent: list[Collective]) -> dict[str, float]:
     for c in sent:
         sums["+".join(c.axes)] += c.total
     return dict(sums)
-
-
-def weight_bytes(sent: list[Collective]) -> float:
-    return math.fsum(c.total for c in sent if c.weight)
 
 
 def first_length(experiment: Experiment, step: str) -> int:

@@ -221,3 +221,8 @@ def test_text_config_that_leaves_defaults_out(tmp_path):
     decoder = resolve(folder)[0].model.decoder
     assert (decoder.width, decoder.layers, decoder.heads, decoder.kv_heads, decoder.mlp) == (4096, 32, 32, 32, 11008)
     assert (decoder.norm_eps, decoder.head_dim, decoder.vocab + decoder.surplus) == (1e-5, 128, 32064)
+
+
+def test_a_head_count_that_is_no_number_is_told() -> None:
+    with pytest.raises(UserError, match=r"model\.tower\.heads is 'many'; a whole number is needed"):
+        resolve("samf/samf_merged", **{"slice_encoder__heads": "many"})

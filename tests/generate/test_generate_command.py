@@ -217,6 +217,13 @@ def test_unusable_flags_get_one_line(flags, words, tmp_path):
         command.run(arguments("zero2", tmp_path / "x_vqa.json", *flags))
 
 
+def test_encoders_alone_write_no_text(tmp_path):
+    clip = Path(__file__).parents[1] / "golden" / "vit3d" / "m3d_clip"
+    records = ["--records", str(GOLDEN / "records.json"), "--out", str(tmp_path / "x_vqa.json")]
+    with pytest.raises(UserError, match="holds encoders alone"):
+        command.run([str(clip), *records])
+
+
 def test_processes_that_begin_one_after_the_other_leave_no_gap(tmp_path):
     """The second one finds what the first has finished; its own share must not shift by that."""
     out, asked = tmp_path / "x_vqa.json", json.loads((GOLDEN / "records.json").read_text())

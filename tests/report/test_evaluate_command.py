@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmed.cli.evaluate import Args, evaluate, run
+from jaxmed.data.records import Reading, load_records
 from jaxmed.errors import BadRecords, UserError
 from jaxmed.report.evaluation import PageLimits
 
@@ -55,6 +56,21 @@ def test_command_writes_scores_and_page(files, capsys):
     assert "With the wrong image: the same text" in html
     printed = capsys.readouterr().out
     assert "BLEU-4" in printed and f"{content['corpus']['bleu_4']:.3f}" in printed
+
+
+def test_records_may_be_a_table(tmp_path):
+    """What SAMF's questions are scored against: rows without any place for an image."""
+    (tmp_path / "mcq.csv").write_text(
+        "Question ID,Image,Question,Choice A,Choice B,Choice C,Choice D,Answer Choice,Answer\n"
+        "1,a/v.nii.gz,Which side?,Left,Right,Both,None,a,Left\n2,b/v.nii.gz,Is it clear?,Yes,No,Partly,None,b,No\n"
+    )
+    names = load_records(str(tmp_path / "mcq.csv"), Reading(placeholders=True))[0]
+    answers = [{"id": record.id, "question": record.turns[0].value, "answer": "a. Left."} for record in names]
+    written = [{"image": r.images[0], "conversations_out": [a]} for r, a in zip(names, answers, strict=True)]
+    (tmp_path / "x_vqa.json").write_text(json.dumps(written))
+    out = tmp_path / "out"
+    assert run([f"{tmp_path}/x_vqa.json", "--records", f"{tmp_path}/mcq.csv", "--out", str(out), "--resamples", "40"]) == 0
+    assert 0 < json.loads((out / "scores.json").read_text())["corpus"]["rouge_l"] < 1
 
 
 def test_page_shows_extra_figures_and_a_capped_even_selection(files):
