@@ -1,15 +1,18 @@
 """The order of the data: an epoch is a pure function of (seed, epoch), whatever the number of processes.
 
 An epoch is a list of global batches, each of one bucket, with `data.batch` rows; a row holds the indices of the samples in it
-(one, several where rows are packed, none in the empty rows that fill a bucket's last batch). Every sample comes once an epoch.
+(one, several where rows are packed, none in the empty rows that fill a bucket's last batch). Every sample comes once an epoch,
+unless a draw (jaxmed.data.mixture) says how often which samples come.
 """
 
 import dataclasses
 import itertools
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -39,6 +42,11 @@ class GlobalBatch:
     """Row length"""
     rows: tuple[tuple[int, ...], ...]
     """Samples of each row; () is an empty row"""
+    # Two plans with the same rows are the same order of the data.
+    epoch: int = field(default=-1, compare=False)
+    """What is drawn for a sample is drawn anew in each epoch; -1: nothing is drawn (evaluation)"""
+    repeats: tuple[int, ...] = ()
+    """For each of `samples`, how often it came earlier in the epoch; (): each comes once"""
 
     @property
     def samples(self) -> tuple[int, ...]:
@@ -49,6 +57,19 @@ class GlobalBatch:
     def offsets(self) -> tuple[int, ...]:
         """For each row, the number of samples in the rows before it."""
         return tuple(itertools.accumulate((len(row) for row in self.rows[:-1]), initial=0))
+
+    def key(self, place: int) -> tuple[int, int, int]:
+        """(epoch, sample, repeat) of the sample at `place` of `samples`: with the seed, all that may decide what is drawn for
+        it (its prompt, its augmentation)."""
+        return self.epoch, self.samples[place], self.repeats[place] if self.repeats else 0
+
+
+class Draw(Protocol):
+    """Which samples an epoch has, where that is not every sample once."""
+
+    def epoch(self, seed: int, epoch: int, shuffle: bool) -> list[int]:
+        """Indices, with repeats; a pure function."""
+        ...
 
 
 def random_order(count: int, *key: int) -> np.ndarray:
@@ -67,8 +88,26 @@ def bucket_for(length: int, buckets: Sequence[int]) -> int:
     return next((bucket for bucket in buckets if bucket >= length), 0)
 
 
-def epoch_plan(sizes: Sequence[SampleSize], data: DataConfig, images: int, seed: int, epoch: int) -> list[GlobalBatch]:
-    """The batches of one epoch. `images`: images a row holds at most."""
+def epoch_plan(
+    sizes: Sequence[SampleSize], data: DataConfig, images: int, seed: int, epoch: int, drawn: Sequence[int] | None = None
+) -> list[GlobalBatch]:
+    """The batches of one epoch. `images`: images a row holds at most. `drawn`: the epoch's samples; None: each once."""
+    if drawn is None:
+        return [dataclasses.replace(batch, epoch=epoch) for batch in _arranged(sizes, data, images, seed, epoch)]
+    seen: Counter[int] = Counter()
+    repeats = []
+    for sample in drawn:
+        repeats.append(seen[sample])
+        seen[sample] += 1
+    batches = []
+    for batch in _arranged([sizes[sample] for sample in drawn], data, images, seed, epoch):
+        rows = tuple(tuple(drawn[place] for place in row) for row in batch.rows)
+        batches.append(GlobalBatch(batch.bucket, rows, epoch, tuple(repeats[place] for place in batch.samples)))
+    return batches
+
+
+def _arranged(sizes: Sequence[SampleSize], data: DataConfig, images: int, seed: int, epoch: int) -> list[GlobalBatch]:
+    """Batches in which each of `sizes` comes once."""
     count = len(sizes)
     if data.group_by_modality_length:
         return _grouped(sizes, data, seed, epoch)
@@ -173,12 +212,14 @@ def _deal(samples: list[int], lengths: Sequence[int], chunks: int) -> list[list[
 
 
 class Plan:
-    """Batches by optimizer step over all epochs: plan[step]. Epochs of packed rows may differ a little in their steps."""
+    """Batches by optimizer step over all epochs: plan[step]. Epochs of packed or drawn rows may differ a little in their
+    steps."""
 
-    def __init__(self, sizes: Sequence[SampleSize], data: DataConfig, images: int, seed: int):
+    def __init__(self, sizes: Sequence[SampleSize], data: DataConfig, images: int, seed: int, draw: Draw | None = None):
         if not sizes:
             raise UserError(f"{data.records or 'data.records'}: no sample to train on")
-        self._sizes, self._data, self._images, self._seed = tuple(sizes), data, images, seed
+        self._sizes, self._data, self._images, self._seed, self._draw = tuple(sizes), data, images, seed, draw
+        self._vary = data.pack or draw is not None
         self._epochs: dict[int, list[GlobalBatch]] = {}
         self._starts = [0]
         # Loader threads ask for steps at the same time.
@@ -187,15 +228,16 @@ class Plan:
     def epoch(self, epoch: int) -> list[GlobalBatch]:
         with self._lock:
             if epoch not in self._epochs:
-                batches = epoch_plan(self._sizes, self._data, self._images, self._seed, epoch)
+                drawn = self._draw.epoch(self._seed, epoch, self._data.shuffle) if self._draw else None
+                batches = epoch_plan(self._sizes, self._data, self._images, self._seed, epoch, drawn)
                 if len(self._epochs) == EPOCHS_KEPT:
                     self._epochs.pop(min(self._epochs))
                 self._epochs[epoch] = batches
             return self._epochs[epoch]
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
-        """Every epoch has the same number unless rows are packed."""
-        return len(self.epoch(epoch if self._data.pack else 0))
+        """Every epoch has the same number unless rows are packed or drawn."""
+        return len(self.epoch(epoch if self._vary else 0))
 
     def total_steps(self, train: TrainConfig) -> int:
         """`train.steps`, else ceil(epochs x steps of the first epoch), as Hugging Face's trainer counts."""
@@ -204,7 +246,7 @@ class Plan:
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, batch within it) of a step"""
         with self._lock:
-            if not self._data.pack:
+            if not self._vary:
                 return divmod(step, self.steps_per_epoch())
             while self._starts[-1] <= step:
                 self._starts.append(self._starts[-1] + self.steps_per_epoch(len(self._starts) - 1))
@@ -224,7 +266,7 @@ class Plan:
 
 def evaluation_plan(sizes: Sequence[SampleSize], data: DataConfig, images: int) -> list[GlobalBatch]:
     """Every sample once, in the order of the file within its bucket."""
-    return epoch_plan(sizes, dataclasses.replace(data, shuffle=False, group_by_modality_length=False), images, 0, 0)
+    return _arranged(sizes, dataclasses.replace(data, shuffle=False, group_by_modality_length=False), images, 0, 0)
 
 
 def efficiency(batches: Sequence[GlobalBatch], sizes: Sequence[SampleSize]) -> float:
