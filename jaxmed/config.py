@@ -14,6 +14,7 @@ from typing import Any, Literal
 from jaxmed.model_config import (
     AggregatorConfig,
     ConfigError,
+    ContrastiveConfig,
     DecoderConfig,
     FusionConfig,
     ProjectorConfig,
@@ -27,6 +28,7 @@ from jaxmed.visual_config import EncodeConfig, PixelConfig, VisualConfig
 __all__ = [
     "AggregatorConfig",
     "ConfigError",
+    "ContrastiveConfig",
     "DataConfig",
     "DecoderConfig",
     "DistributedConfig",
@@ -285,10 +287,33 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     encode: EncodeConfig = EncodeConfig()
+    task: Literal["tokens", "contrastive"] = "tokens"
+    """What is minimised: the cross-entropy of texts, or the contrast of volumes with reports (M3D-CLIP; no decoder then)."""
+    contrastive: ContrastiveConfig = ContrastiveConfig()
 
     def __post_init__(self):
         packed = self.data.pack and self.model.fusion.kind != "none"
         require(not packed, "data.pack: the fusion reads its row's whole text, so a row holds one sample; switch data.pack off")
+        if self.task == "contrastive":
+            self._check_contrast()
+
+    def _check_contrast(self) -> None:
+        tower, data, group = self.model.tower, self.data, self.contrastive.group
+        seen = tower.kind != "none" and tower.select_feature != "patch"
+        require(seen, "task contrastive: model.tower must give its class token; set model.tower.select_feature to cls_patch")
+        fits = self.visual.kind == "volumes" and self.visual.volume == tower.image
+        require(fits, f"task contrastive: visual.kind must be volumes and visual.volume the tower's {tower.image}")
+        require(data.max_length > 2, f"task contrastive: data.max_length is {data.max_length}; give the texts' length in tokens")
+        longest = self.contrastive.text.positions
+        require(data.max_length <= longest, f"data.max_length is {data.max_length}, the text encoder has {longest} positions")
+        require(not data.pack, "task contrastive: a row holds one pair; switch data.pack off")
+        whole = not group or data.batch % group == 0
+        require(whole, f"data.batch {data.batch} is not a multiple of contrastive.group {group}")
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether the model runs its image tower: tokens in files come from a tower that was run before (`jaxmed encode`)."""
+        return self.model.tower.kind != "none" and self.visual.kind in ("pixels", "volumes", "slices")
 
     @property
     def image_tokens(self) -> int:

@@ -88,7 +88,7 @@ def mesh_notices(experiment: Experiment, mesh_shape: dict[str, int]) -> list[str
             f"mesh.tensor is {mesh_shape['tensor']} and the decoder has {kv_heads} kv heads: their projections, keys and "
             "values are replicated over tensor, and each shard reads the one kv head of its query heads"
         )
-    if experiment.model.tower.kind != "none" and mesh_shape["fsdp"] > 1 and not rules.tower:
+    if experiment.has_tower and mesh_shape["fsdp"] > 1 and not rules.tower:
         notices.append(f"the tower is {width} wide, which mesh.fsdp = {mesh_shape['fsdp']} does not divide: it is replicated")
     return notices
 

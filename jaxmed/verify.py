@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxmed.api import load
-from jaxmed.checkpoint.export_plan import Plan
+from jaxmed.checkpoint.model_plan import ModelPlan
 from jaxmed.checkpoint.folder_kinds import detect_base
 from jaxmed.checkpoint.values import parameter_shapes
 from jaxmed.config import VisualConfig
@@ -48,7 +48,7 @@ class Stage:
     """The largest value of the source"""
 
 
-def reason_not_to(plan: Plan) -> str:
+def reason_not_to(plan: ModelPlan) -> str:
     """Why a conversion is not verified, as a line for the person; "" if it can be."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
@@ -66,7 +66,7 @@ def reason_not_to(plan: Plan) -> str:
     return ""
 
 
-def _has_plain_base(plan: Plan) -> bool:
+def _has_plain_base(plan: ModelPlan) -> bool:
     spec = importlib.util.find_spec("peft")
     return spec is not None and detect_base(plan.source.model.base) == "hf"
 
@@ -84,7 +84,7 @@ def _free_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def verify(plan: Plan, source: Source, written: str, say: Callable[[str], None]) -> None:
+def verify(plan: ModelPlan, source: Source, written: str, say: Callable[[str], None]) -> None:
     """Tells the largest difference of every stage. UserError where one is too large: the folder must not be kept."""
     with jax.default_matmul_precision("highest"):
         stages = _stages(plan, source, written)
@@ -97,12 +97,12 @@ def verify(plan: Plan, source: Source, written: str, say: Callable[[str], None])
         raise UserError(f"the converted model computes something else: {text}. Nothing was kept; this is a defect of jaxmed")
 
 
-def _narrower(plan: Plan) -> bool:
+def _narrower(plan: ModelPlan) -> bool:
     """Whether numbers were rounded: to a narrower dtype, or after a merge into 16 bits."""
     return any(tensor.dtype.itemsize < 4 for tensor in plan.tensors)
 
 
-def _stages(plan: Plan, source: Source, written: str) -> list[Stage]:
+def _stages(plan: ModelPlan, source: Source, written: str) -> list[Stage]:
     ours = load(source.folder, source.base, source.tower, dtype="float32", overrides=source.overrides)
     image = None if _text_alone(plan) else probe(ours.experiment.visual)
     prompt = _ids(plan) if image is None else f"<image>\n{QUESTION}" if ours.experiment.visual.kind != "slices" else QUESTION
@@ -121,26 +121,26 @@ def _stages(plan: Plan, source: Source, written: str) -> list[Stage]:
     return stages
 
 
-def _ids(plan: Plan) -> np.ndarray:
+def _ids(plan: ModelPlan) -> np.ndarray:
     """A prompt of random tokens: what is written as a language model has no template of its own."""
     return np.random.default_rng(11).integers(3, plan.source.model.decoder.vocab, 24).astype(np.int32)
 
 
-def _text_alone(plan: Plan) -> bool:
+def _text_alone(plan: ModelPlan) -> bool:
     """Whether what is written has no image side."""
     if plan.source.visual.kind == "none" or plan.to == "peft":
         return True
     return plan.to == "hf" and "preprocessor_config.json" not in plan.documents
 
 
-def _beside(plan: Plan, source: Source) -> tuple[str, str]:
+def _beside(plan: ModelPlan, source: Source) -> tuple[str, str]:
     """Base and tower with which the written folder is loaded."""
     adapter = "adapter_config.json" in plan.documents
     model = plan.source.model
     return (model.base if adapter else ""), (source.tower or model.tower_folder if plan.to == "llava" else "")
 
 
-def _overrides(plan: Plan, source: Source) -> dict[str, Any]:
+def _overrides(plan: ModelPlan, source: Source) -> dict[str, Any]:
     """What no file of a layout stores."""
     if plan.to in ("orbax", "hf"):
         return {}
@@ -181,7 +181,7 @@ def _arrays(model: Model, image: np.ndarray | None, prompt: str | np.ndarray) ->
     if image is None:
         return found
     prompts = [prompt] if model.experiment.model.fusion.kind != "none" else ()
-    tower = {"tower": model.image_features([image])[0]} if model.experiment.model.tower.kind != "none" else {}
+    tower = {"tower": model.image_features([image])[0]} if model.experiment.has_tower else {}
     return tower | {"projector": model.image_tokens([image], prompts)[0]} | found
 
 

@@ -197,7 +197,7 @@ class Model:
         found = [f[: token_count(image.grid, visual)] for f, image in zip(found, map(self.read, images), strict=True)]
         if not hidden:
             return found
-        if self.experiment.model.tower.kind == "none":
+        if not self.experiment.has_tower:
             raise UserError("hidden=True: this model reads token files and has no tower whose blocks could be shown")
         blocks = [np.asarray(self._of_image(features.hidden_states, i), np.float32) for i in images]
         slices = visual.kind == "slices"
@@ -241,7 +241,7 @@ class Model:
     def tower(self, inputs: np.ndarray) -> np.ndarray:
         """The tower alone, on inputs that are prepared already: [M, *image, channels] float32 -> [M, N, C] float32. Other
         sizes than its own are taken too: the position table is interpolated."""
-        if self.experiment.model.tower.kind == "none":
+        if not self.experiment.has_tower:
             raise UserError("this model reads token files and has no tower")
         count = -(-len(inputs) // self.rows) * self.rows
         padded = np.zeros((count, *inputs.shape[1:]), np.float32)

@@ -65,7 +65,7 @@ def chain(adapter: str) -> Iterator[str]:
 def _needs(run: str, experiment: Experiment, older: str) -> bool:
     """Whether a run's checkpoint leaves out anything that it took from the adapter before it."""
     trained = experiment.train
-    if trained.trainable == "all" and (trained.train_tower or experiment.model.tower.kind == "none"):
+    if trained.trainable == "all" and (trained.train_tower or not experiment.has_tower):
         return False
     if detect(older) == "run":
         return not _shapes(older).keys() <= _shapes(run).keys()

@@ -13,7 +13,6 @@ from jaxmed.checkpoint.export_plan import (
     MODEL,
     TABLE,
     Format,
-    Plan,
     Planner,
     adapter_rows,
     optimizer_state,
@@ -21,15 +20,16 @@ from jaxmed.checkpoint.export_plan import (
     stored_projector,
     table_trained,
 )
+from jaxmed.checkpoint.model_plan import ModelPlan
 from jaxmed.checkpoint.values import Values
 from jaxmed.config import Experiment
 from jaxmed.errors import UserError
 
 
-def plan_export(experiment: Experiment, to: Format, dtype: str = "", merge: bool = False) -> Plan:
+def plan_export(experiment: Experiment, to: Format, dtype: str = "", merge: bool = False) -> ModelPlan:
     """`dtype` "": as the source has it (`hf`: as the base has it, tensor by tensor). UserError where a format can't hold it."""
     values = Values(experiment)
-    planner = Planner(values, DTYPES[dtype] if dtype else None)
+    planner = Planner(values, DTYPES[dtype] if dtype else None, experiment.lora)
     if to == "hf":
         return plan_llava_hf(values, planner) if fits_llava(experiment) else _plan_hf(values, planner)
     if to == "peft":
@@ -43,7 +43,7 @@ def plan_export(experiment: Experiment, to: Format, dtype: str = "", merge: bool
 
 def _is_whole(values: Values, merge: bool) -> bool:
     """Whether LLaVA's layout is that of a whole model, not of a LoRA or alignment stage over one."""
-    tower = values.experiment.model.tower.kind != "none"
+    tower = values.experiment.has_tower
     projector_alone = any(run.shapes for run in values.runs) and not _trained_decoder(values)
     return tower and (merge or not (adapter_rows(values) or projector_alone))
 
@@ -54,7 +54,7 @@ def _trained_decoder(values: Values) -> list[str]:
     return [name for run in values.runs for name in run.shapes if name.startswith("decoder/") and not name.endswith(kept)]
 
 
-def _plan_hf(values: Values, planner: Planner) -> Plan:
+def _plan_hf(values: Values, planner: Planner) -> ModelPlan:
     experiment = values.experiment
     added = len(experiment.model.added_tokens)
     files = {MODEL: planner.tensors(decoder_rows(experiment.model.decoder, added), str, merge=True)}
@@ -62,10 +62,10 @@ def _plan_hf(values: Values, planner: Planner) -> Plan:
     dtype = next(tensor.dtype for tensor in files[MODEL] if tensor.name == EMBED)
     documents = export_config.hf_documents(experiment, dtype.name)
     ignored = values.ignored | left_out(values) | optimizer_state(values)
-    return Plan(experiment, "hf", files, documents, True, ignored, notes, experiment)
+    return ModelPlan("hf", files, documents, ignored, notes, experiment=experiment, source=experiment)
 
 
-def _plan_peft(values: Values, planner: Planner) -> Plan:
+def _plan_peft(values: Values, planner: Planner) -> ModelPlan:
     experiment = values.experiment
     _check_adapter(values, "peft")
     rows = adapter_rows(values)
@@ -81,10 +81,10 @@ def _plan_peft(values: Values, planner: Planner) -> Plan:
     files = {"adapter_model.safetensors": planner.tensors(rows, peft_name)}
     notes = bridge_beside(values, planner, files)
     documents = {"adapter_config.json": export_config.adapter_config(experiment, values.upstream)}
-    return Plan(experiment, "peft", files, documents, False, ignored, notes, experiment)
+    return ModelPlan("peft", files, documents, ignored, notes, experiment=experiment, source=experiment, tokenizer=False)
 
 
-def _plan_llava(values: Values, planner: Planner) -> Plan:
+def _plan_llava(values: Values, planner: Planner) -> ModelPlan:
     experiment = values.experiment
     _check_adapter(values, "llava")
     lora, projector = adapter_rows(values), stored_projector(values)
@@ -98,7 +98,9 @@ def _plan_llava(values: Values, planner: Planner) -> Plan:
             raise UserError("rows of added tokens were trained without LoRA, for which upstream has no layout; give --to hf")
         files = {"mm_projector.bin": planner.tensors(projector, str)}
         notes.append("there is no adapter: this is upstream's alignment stage, mm_projector.bin and config.json")
-        return Plan(experiment, "llava", files, documents, True, values.ignored | optimizer_state(values), notes, experiment)
+        return ModelPlan(
+            "llava", files, documents, values.ignored | optimizer_state(values), notes, experiment=experiment, source=experiment
+        )
     rest = list(projector)
     if table:
         whole = decoder_rows(experiment.model.decoder, len(experiment.model.added_tokens))
@@ -109,7 +111,9 @@ def _plan_llava(values: Values, planner: Planner) -> Plan:
     files = {"adapter_model.safetensors": planner.tensors(lora, peft_name)}
     files["non_lora_trainables.bin"] = planner.tensors(rest, peft_name)
     documents["adapter_config.json"] = export_config.adapter_config(experiment, values.upstream)
-    return Plan(experiment, "llava", files, documents, True, values.ignored | optimizer_state(values), notes, experiment)
+    return ModelPlan(
+        "llava", files, documents, values.ignored | optimizer_state(values), notes, experiment=experiment, source=experiment
+    )
 
 
 def _check_adapter(values: Values, to: str) -> None:

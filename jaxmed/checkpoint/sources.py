@@ -6,7 +6,7 @@ of `model.adapter`. Which parameters they fill is told part by part from their t
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from jaxmed.checkpoint.adapter import held_by_runs, upstream_folder
@@ -14,7 +14,7 @@ from jaxmed.checkpoint.hf_io import TensorFolder, base_fingerprint, open_folder
 from jaxmed.checkpoint.hf_tables import Row, experiment_rows
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.tower_tables import surplus_reason
-from jaxmed.config import Experiment, ModelConfig, TowerConfig
+from jaxmed.config import Experiment, ModelConfig
 from jaxmed.errors import UserError
 
 Path = tuple[str | int, ...]
@@ -28,15 +28,12 @@ class WeightSources:
     """The later over the earlier"""
     parts: frozenset[str]
     """Parts of the model (see `part_of`) that the folders hold"""
-    tower: TowerConfig
+    surplus: Callable[[str], str]
+    """Why a tensor (canonical name) that no row names is not needed; "" if nothing here knows it"""
 
     def covers(self, path: Path) -> bool:
         """Whether the folders must fill the parameter."""
         return part_of(path) in self.parts
-
-    def surplus(self, name: str) -> str:
-        """Why a tensor that no row names is not needed; "" if nothing here knows it."""
-        return surplus_reason(name, self.tower)
 
     def names(self, folder: TensorFolder) -> dict[str, str]:
         """Canonical name -> the name in the file."""
@@ -53,7 +50,7 @@ def weight_sources(experiment: Experiment) -> WeightSources:
     model = experiment.model
     rows = experiment_rows(experiment)
     folders = [open_folder(model.base)] if model.base else []
-    if model.tower_folder and model.tower.kind != "none":
+    if model.tower_folder and experiment.has_tower:
         tower = replace(open_folder(model.tower_folder), role="tower")
         folders = [*folders, tower] if model.tower_source == "folder" else [tower, *folders]
     adapter = upstream_folder(experiment)
@@ -61,9 +58,9 @@ def weight_sources(experiment: Experiment) -> WeightSources:
     found = {name for folder in folders for name in canonical_names(folder.names(), folder.path, folder.role)}
     parts = {part_of(row.ours) for row in rows if row.ours and found & set(row.names())}
     parts |= {"decoder"} if model.base else set()
-    if model.tower.kind != "none" and "tower" not in parts and not _tower_elsewhere(experiment):
+    if experiment.has_tower and "tower" not in parts and not _tower_elsewhere(experiment):
         raise UserError(_no_tower(experiment, folders))
-    return WeightSources(rows, folders, frozenset(parts), model.tower)
+    return WeightSources(rows, folders, frozenset(parts), lambda name: surplus_reason(name, model.tower))
 
 
 def _tower_elsewhere(experiment: Experiment) -> bool:

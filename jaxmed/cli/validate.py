@@ -161,10 +161,17 @@ def _from_run(experiment: Experiment, run: Experiment) -> Experiment:
     lora = dataclasses.replace(run.lora, dropout=experiment.lora.dropout) if run.lora.rank else experiment.lora
     signature = read_meta(os.path.join(adapter, FOLDER), newest(adapter))["encoder"]
     visual = dataclasses.replace(run.visual, images=experiment.visual.images, encoder=run.visual.encoder or signature)
+    if experiment.model.tower.kind == run.model.tower.kind and _same_tokens(run, experiment.visual.kind):
+        visual = dataclasses.replace(visual, kind=experiment.visual.kind)
     embed = run.train.train_embed_tokens or experiment.train.train_embed_tokens
     train = dataclasses.replace(experiment.train, train_embed_tokens=embed)
-    data = experiment.data if run.visual.kind in (*TOKEN_KINDS, "none") else _texts_of(experiment, run)
+    data = experiment.data if run.model.tower.kind == "none" else _texts_of(experiment, run)
     return dataclasses.replace(experiment, model=merged, lora=lora, visual=visual, train=train, data=data)
+
+
+def _same_tokens(found: Experiment, kind: str) -> bool:
+    """Whether visual.kind may become `kind`: the tokens of a tower over volumes come from the tower or from files alike."""
+    return found.model.tower.kind != "none" and {found.visual.kind, kind} == {"volumes", "embeddings"}
 
 
 def _keep_given(asked: Experiment, found: Experiment, given: frozenset[str], folder: str) -> Experiment:
@@ -173,7 +180,7 @@ def _keep_given(asked: Experiment, found: Experiment, given: frozenset[str], fol
     for name in sorted(given & wanted.keys()):
         if wanted[name] == has[name] or name.startswith("model.decoder."):
             continue
-        if name in SHAPES:
+        if name in SHAPES and not (name == "visual.kind" and _same_tokens(found, wanted[name])):
             raise UserError(
                 f"--{name.replace('_', '-')} {wanted[name]} disagrees with {folder}, which has {has[name]}; "
                 "leave the flag out, the folder decides"
@@ -195,6 +202,11 @@ def _check_sources(experiment: Experiment) -> None:
         raise UserError(
             f"no --model.base: train.trainable {experiment.train.trainable} needs the folder of a language model "
             "(or --train.trainable all, to train from scratch)"
+        )
+    if experiment.train.train_tower and experiment.model.tower.kind != "none" and not experiment.has_tower:
+        raise UserError(
+            f"train.train_tower: visual.kind is {experiment.visual.kind}, and tokens in files leave no tower to train; give "
+            "--no-train.train-tower, or train from what the tower reads"
         )
     if experiment.visual.norm and experiment.visual.kind not in TOKEN_KINDS:
         raise UserError(

@@ -29,10 +29,10 @@ class Vlm(nnx.Module):
     def __init__(self, experiment: Experiment, key: jax.Array, split: bool):
         """`split`: separate arrays a layer (generation on CPU and GPU) instead of stacked ones."""
         key_decoder, key_projector, key_tower, key_fusion = jax.random.split(key, 4)
-        model, self.visual = experiment.model, experiment.visual
+        model, self.visual, self.has_tower = experiment.model, experiment.visual, experiment.has_tower
         self.decoder = Decoder(model.decoder, experiment.lora, len(model.added_tokens), key_decoder, split)
         if self.has_images:
-            if model.tower.kind != "none":
+            if self.has_tower:
                 self.tower = Vit(model.tower, key_tower)
             if model.fusion.kind == "none":
                 self.projector = Projector(model.projector, experiment.visual, model.decoder.width, key_projector)
@@ -77,7 +77,7 @@ class Vlm(nnx.Module):
 
     def features(self, batch: Batch, rules: Rules) -> jax.Array:
         """What the projector or the fusion reads, [B, I, N, C], in the dtype of the computation."""
-        if self.model.tower.kind != "none":
+        if self.has_tower:
             return self.tower_features(batch.images, rules)
         images = unpack_codes(batch.images, self.visual) if self.visual.kind == "codes" else batch.images
         return self.projector.normalised(images.astype(self.dtype))

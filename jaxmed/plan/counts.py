@@ -32,7 +32,7 @@ def model_flops(experiment: Experiment, step: str, length: int, trained: dict, f
 def tower_flops(experiment: Experiment) -> float:
     """Forward, of all images of a batch: a third of a training step of a tower that is trained."""
     tower, visual = experiment.model.tower, experiment.visual
-    if tower.kind == "none":
+    if not experiment.has_tower:
         return 0.0
     images = experiment.data.batch * visual.images * (visual.slices if visual.kind == "slices" else 1)
     tokens = math.prod(tower.grid) + tower.class_token
