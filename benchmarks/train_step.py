@@ -1,9 +1,9 @@
-"""A LoRA train step against torch with peft: the same weights, rows, targets and optimizer, in float32.
+"""A LoRA train step against torch with peft: the same weights, rows, targets and optimizer, on the same device.
 
-    python benchmarks/train_step.py [--shape tiny] [--tokens 512] [--rows 2] [--runs 5]
+    python benchmarks/train_step.py [--shape tiny] [--tokens 512] [--rows 2] [--dtype float32] [--peers eager compiled]
 
-Loss at a quarter of the positions; rank 16 on all seven projections; AdamW. The limit on a CPU is FLOPs: 4N a token, since a
-frozen matrix needs no weight gradient.
+Loss at a quarter of the positions; rank 16 on all seven projections; AdamW, adapters in float32 whatever the frozen weights
+are. The limit is FLOPs: 4N a token, since a frozen matrix needs no weight gradient.
 """
 
 import argparse
@@ -19,6 +19,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=common.SHAPES, default="110m")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--peers", nargs="+", choices=("eager", "compiled"), default=["eager"])
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
 
@@ -26,29 +28,34 @@ def main() -> None:
 
     torch.set_num_threads(common.THREADS)
     print(common.machine())
-    print("| shape | rows x tokens | jaxmed s/step | torch + peft s/step | ratio |\n|---|---|---|---|---|")
+    titles = "".join(f" torch + peft {kind} s/step | ratio |" for kind in args.peers)
+    print(f"| shape, dtype | rows x tokens | jaxmed s/step |{titles}\n|---|---|---|{'---|---|' * len(args.peers)}")
     with tempfile.TemporaryDirectory() as folder:
         common.write_llama(common.SHAPES[args.shape], Path(folder))
-        sides = {"ours": ours(folder, args), "peer": peer(folder, args)}
+        sides = {"ours": ours(folder, args)} | {kind: peer(folder, args, kind) for kind in args.peers}
         middle = common.medians(common.interleaved(sides, args.runs))
-    ratio = middle["peer"] / middle["ours"]
-    print(f"| {args.shape} | {args.rows} x {args.tokens} | {middle['ours']:.2f} | {middle['peer']:.2f} | {ratio:.2f} |")
+    peers = "".join(f" {middle[kind]:.3f} | {middle[kind] / middle['ours']:.2f} |" for kind in args.peers)
+    print(f"| {args.shape}, {args.dtype} | {args.rows} x {args.tokens} | {middle['ours']:.3f} |{peers}")
 
 
-def peer(folder: str, args: argparse.Namespace):
+def peer(folder: str, args: argparse.Namespace, kind: str):
     import peft
     import torch
     import transformers
 
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device)
     names = [f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")]
     model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=names))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    tokens = torch.randint(1, 3000, (args.rows, args.tokens))
-    labels = torch.where(torch.arange(args.tokens) >= args.tokens * 3 // 4, tokens, -100)
+    tokens = torch.randint(1, 3000, (args.rows, args.tokens), device=device)
+    labels = torch.where(torch.arange(args.tokens, device=device) >= args.tokens * 3 // 4, tokens, -100)
+    forward = torch.compile(model) if kind == "compiled" else model
 
     def step() -> float:
-        loss = model(input_ids=tokens, labels=labels).loss
+        with torch.autocast(device, dtype, enabled=args.dtype != "float32"):
+            loss = forward(input_ids=tokens, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -69,7 +76,7 @@ def ours(folder: str, args: argparse.Namespace):
     from jaxmed.train.step import TokenCrossEntropy, make_step
     from jaxmed.types import Batch
 
-    base = jaxmed.load(folder, dtype="float32")
+    base = jaxmed.load(folder, dtype=args.dtype)
     train = dataclasses.replace(base.experiment.train, remat="none")
     data = dataclasses.replace(base.experiment.data, batch=args.rows, buckets=(args.tokens,))
     lora, optim = (
