@@ -303,3 +303,30 @@ class TextEncoderConfig:
     """Rows of the position table: the longest text."""
     types: int = 2
     """Rows of the table of token types, of which the first is used."""
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """Pretraining of an image tower by contrast with reports, as M3D-CLIP was (`--task contrastive` alone)."""
+
+    text: TextEncoderConfig = TextEncoderConfig()
+    """The text encoder; `text_folder`'s config.json fills it."""
+    text_folder: str = ""
+    """Folder of a BERT model: sizes, weights and tokenizer of the text encoder. "": it starts at random."""
+    features: int = 768
+    """Width of the space that volumes and texts share."""
+    dropout: float = 0.1
+    """Dropout of the text encoder: embeddings, attention weights, outputs of attention and MLP."""
+    truncate: Literal["sentences", "head"] = "sentences"
+    """A report longer than `data.max_length` tokens: its first sentence and others drawn anew in each epoch (upstream), or its
+    beginning."""
+    group: int = 0
+    """Pairs that are told from each other: 0 all of the global batch (upstream's default, and its local_loss once labels count
+    from the rank's first row); n: each n consecutive rows apart (upstream's gather_loss=False, n rows a device)."""
+    exp_scale: bool = False
+    """Multiply the cosines by the exponential of `logit_scale`, as CLIP does; M3D-CLIP multiplies by it as it is."""
+
+    def __post_init__(self):
+        require(self.features > 0, f"contrastive.features is {self.features}; it must be at least 1")
+        require(0 <= self.dropout < 1, f"contrastive.dropout is {self.dropout}; it must be in [0, 1)")
+        require(self.group >= 0, f"contrastive.group is {self.group}; it must not be negative (0: the global batch)")

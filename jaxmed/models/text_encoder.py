@@ -1,5 +1,7 @@
 """BERT, as M3D-CLIP reads reports with it: embeddings, then post-norm blocks. The pooler is not kept.
 
+In training dropout falls where BERT has it: on the embeddings, the attention weights, and the outputs of attention and MLP.
+
 ids and mask [B, T] -> hidden states [B, T, D]. Axis letters: B rows, T text, D width, V rows of the word table.
 """
 
@@ -12,12 +14,15 @@ from flax import nnx
 from jaxmed.model_config import TextEncoderConfig
 from jaxmed.models.decoder import rematerialised
 from jaxmed.nn.attention import Mask
-from jaxmed.nn.encoder_block import BlockConfig, EncoderBlock, attend_within, encoder_rules, stacked_blocks
+from jaxmed.nn.dropout import Dropout
+from jaxmed.nn.encoder_block import BlockConfig, EncoderBlock, attend_dropped, attend_within, encoder_rules, stacked_blocks
 from jaxmed.nn.norm import LayerNorm
 from jaxmed.nn.param import gathered, normal
 from jaxmed.sharding import Rules
 
 _INITIAL_STD = 0.02
+_ON_WEIGHTS = 3
+"""Number of the attention weights among a block's places for dropout"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +50,24 @@ class TextEncoder(nnx.Module):
             activation="gelu",
             post_norm=True,
             qkv_bias=True,
+            drop_hidden=False,
         )
         self.blocks = stacked_blocks(block, config.layers, keys[3])
         self.config = config
 
-    def __call__(self, ids: jax.Array, mask: jax.Array, rules: Rules, dtype: jnp.dtype, remat: str = "none") -> jax.Array:
-        """ids [B, T] int32, mask [B, T] (1 text, 0 padding) -> [B, T, D] in `dtype`; every token is of the first type."""
+    def __call__(
+        self,
+        ids: jax.Array,
+        mask: jax.Array,
+        rules: Rules,
+        dtype: jnp.dtype,
+        remat: str = "none",
+        dropout: Dropout | None = None,
+    ) -> jax.Array:
+        """ids [B, T] int32, mask [B, T] (1 text, 0 padding) -> [B, T, D] in `dtype`; every token is of the first type.
+
+        `dropout`: bits of every (sample, position), None where nothing is dropped.
+        """
         rules = encoder_rules(rules)
         length = ids.shape[1]
         if length > self.config.positions:
@@ -59,10 +76,18 @@ class TextEncoder(nnx.Module):
         h = words.at[ids].get(out_sharding=rules.spec("batch", None, None))
         same = gathered(self.positions, rules)[:length] + gathered(self.types, rules)[0]
         h = self.norm(h + same.astype(dtype))
-        attend = attend_within(mask.astype(jnp.int32), rules, KeyPadding(causal=False, window=0))
+        if dropout is not None:
+            h = dropout.fold(self.config.layers)(h, rules, None)
+        segments, rule = mask.astype(jnp.int32), KeyPadding(causal=False, window=0)
+        attend = attend_within(segments, rules, rule)
 
-        def body(h: jax.Array, block: EncoderBlock) -> tuple[jax.Array, None]:
-            return block(h, attend, rules, None), None
+        def body(h: jax.Array, layer: tuple[EncoderBlock, jax.Array]) -> tuple[jax.Array, None]:
+            block, number = layer
+            if dropout is None:
+                return block(h, attend, rules, None), None
+            own = dropout.fold(number)
+            return block(h, attend_dropped(segments, own.fold(_ON_WEIGHTS), rules, rule), rules, own), None
 
-        h, _ = jax.lax.scan(rematerialised(body, remat), h, self.blocks)
+        layers = (self.blocks, jnp.arange(self.config.layers, dtype=jnp.uint32))
+        h, _ = jax.lax.scan(rematerialised(body, remat), h, layers)
         return h

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import reshard
 
 from jaxmed.nn.attention import Layout, Mask, attention
+from jaxmed.nn.attention_mask import NEGATIVE
 from jaxmed.nn.dropout import Dropout
 from jaxmed.nn.linear import Linear
 from jaxmed.nn.norm import LayerNorm
@@ -60,6 +61,8 @@ class BlockConfig:
     """norm(x + f(x)), as the first transformers and BERT have it, instead of x + f(norm(x))"""
     qkv_bias: bool
     """whether q, k and v have biases; the other projections always do"""
+    drop_hidden: bool = True
+    """whether dropout, where there is any, falls on the MLP's hidden values too (not in BERT)"""
 
 
 def encoder_rules(rules: Rules) -> Rules:
@@ -85,6 +88,22 @@ def attend_within(segment_ids: jax.Array, rules: Rules, mask: Mask | None = None
 def attend_all(h: jax.Array, rules: Rules) -> EncoderAttend:
     """Attention of every token of a row to every other, for rows [B, T, D] without padding."""
     return attend_within(jnp.ones(h.shape[:2], jnp.int32, out_sharding=rules.spec("batch", None)), rules)
+
+
+def attend_dropped(segment_ids: jax.Array, dropout: Dropout, rules: Rules, mask: Mask) -> EncoderAttend:
+    """As `attend_within`, with dropout on the attention weights, as BERT is trained. The weights [B, T, Q, T] exist whole: for
+    texts, not for volumes."""
+    segment_ids = reshard(segment_ids, rules.spec("batch", None))
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        allowed = mask(segment_ids, segment_ids, segment_ids, segment_ids)[:, :, None]
+        scores = jnp.einsum("btqh,bsqh->btqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        weights = jax.nn.softmax(jnp.where(allowed, scores, NEGATIVE), axis=-1)
+        flat = weights.reshape(*weights.shape[:2], -1, out_sharding=rules.spec("batch", None, None))
+        kept = dropout(flat, rules, None).reshape(weights.shape, out_sharding=rules.spec("batch", None, None, None))
+        return jnp.einsum("btqs,bsqh->btqh", kept.astype(v.dtype), v)
+
+    return attend
 
 
 class EncoderAttention(nnx.Module):
@@ -116,18 +135,18 @@ class EncoderMlp(nnx.Module):
         key_up, key_down = jax.random.split(key)
         self.up = Linear(config.mlp, config.width, (None, "tower"), key_up, std=-1.0, bias=True)
         self.down = Linear(config.width, config.mlp, ("tower", None), key_down, std=-1.0, bias=True)
-        self.activation = config.activation
+        self.activation, self.drop_hidden = config.activation, config.drop_hidden
 
     def __call__(self, x: jax.Array, rules: Rules, dropout: Dropout | None) -> jax.Array:
         """x [B, T, D] -> [B, T, D]"""
         hidden = ACTIVATIONS[self.activation](self.up(x, rules, _ROWS, None))
-        return self.down(_dropped(hidden, dropout, 1, rules), rules, _ROWS, None)
+        return self.down(_dropped(hidden, dropout if self.drop_hidden else None, 1, rules), rules, _ROWS, None)
 
 
 class EncoderBlock(nnx.Module):
     """h [B, T, D] -> [B, T, D], in h's dtype; `rules` are those of `encoder_rules`.
 
-    Dropout falls on the outputs of attention and MLP and on the MLP's hidden values.
+    Dropout falls on the outputs of attention and MLP and, if the config says so, on the MLP's hidden values.
     """
 
     def __init__(self, config: BlockConfig, key: jax.Array):
