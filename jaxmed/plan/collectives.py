@@ -64,17 +64,22 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    module, body = Module(), None
-    module.frames = _frames(text)
+    module, lines = Module(frames=_frames(text)), None
     for line in text.splitlines():
         opening = _OPENING.match(line)
         if opening and not line.startswith(" "):
-            body = module.computations.setdefault(opening[2], [])
-            module.entry = opening[2] if opening[1] else module.entry
-        elif line.startswith("}"):
-            body = None
-        elif body is not None and (found := _LINE.match(line)):
-            body.append(_instruction(found[1], found[2]))
+            name, lines = opening[2], []
+            module.entry = name if opening[1] else module.entry
+        elif lines is None:
+            continue
+        elif line.startswith(" "):
+            lines.append(line)
+        elif line == "}" or line.startswith("}, "):
+            found = (_LINE.match(whole) for whole in lines)
+            module.computations[name] = [_instruction(m[1], m[2]) for m in found if m]
+            lines = None
+        elif lines:  # an attribute that goes on: Pallas writes a kernel's metadata over several lines
+            lines[-1] += line
     return module
 
 

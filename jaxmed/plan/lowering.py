@@ -100,30 +100,42 @@ def _child(request: Path) -> dict[str, Any]:
     wanted = json.loads(request.read_text(encoding="utf-8"))
     experiment, topology = from_dict(Experiment, wanted["experiment"]), parse_topology(wanted["topology"])
     mesh = make_mesh(experiment.mesh, devices_of(topology))
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as dump:
         program = programs.trace(experiment, mesh, wanted["step"], wanted["length"], topology.chip.platform)
+        options = dump_options(dump) if topology.chip.platform == "tpu" else None
         began = time.perf_counter()
         lowered = program.traced.lower()
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             used = out_of_memory(str(error))
             if not used:
                 raise
             return {"seconds": time.perf_counter() - began, "used": used, "fits": False, "text": "it does not fit", "notes": []}
-    seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        text = dumped(dump) if options else compiled.as_text()
     stats = compiled.memory_analysis()
     memory = {name: getattr(stats, f"{name}_size_in_bytes") for name in ("argument", "output", "temp", "alias")}
     cost = compiled.cost_analysis() or {}
     answer = {"seconds": seconds, "memory": memory, "flops": float(cost.get("flops", 0.0)), "notes": []}
     answer["used"] = memory["argument"] + memory["output"] - memory["alias"] + memory["temp"]
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:  # libtpu cannot print some of its own programs
-        return answer | {"text": str(error).splitlines()[0][:200]}
+    if not text:
+        return answer | {"text": "the compiler left no text of it"}
     module = collectives.parse(text)
-    sizes = dict(mesh.shape)
-    return answer | {"collectives": collectives.as_rows(module, sizes), "notes": collectives.notes(module)}
+    return answer | {"collectives": collectives.as_rows(module, dict(mesh.shape)), "notes": collectives.notes(module)}
+
+
+def dump_options(folder: str) -> dict[str, Any]:
+    """Compiler options that leave a module's text in a folder. libtpu's `as_text()` fails for programs that have work of the
+    SparseCore in them (v5p, v6e: "async-update instruction"): it sends the module through a proto. What it dumps is whole."""
+    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+
+
+def dumped(folder: str) -> str:
+    """The optimised module among the files of a dump; "" where there is none."""
+    found = list(Path(folder).glob("*.after_optimizations.txt"))
+    largest = max(found, key=lambda path: path.stat().st_size, default=None)
+    return largest.read_text(encoding="utf-8", errors="replace") if largest else ""
 
 
 def out_of_memory(message: str) -> int:

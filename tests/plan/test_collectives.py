@@ -161,3 +161,32 @@ ENTRY %main (p0: bf16[24,128]) -> bf16[96,128] {
 def test_a_fused_asynchronous_gather_counts_once():
     (gather,) = collectives.found(collectives.parse(CHAIN), SIZES)
     assert (gather.kind, gather.axes, gather.bytes) == ("all-gather", ("fsdp",), 3 / 4 * 96 * 128 * 2)
+
+
+BROKEN = """HloModule jit_f, is_scheduled=true
+
+%body (arg: (s32[], bf16[24,128])) -> (s32[], bf16[24,128]) {
+  %arg = (s32[], bf16[24,128]{1,0}) parameter(0)
+  %get-tuple-element.1 = bf16[24,128]{1,0} get-tuple-element(%arg), index=1
+  %kernel.1 = bf16[24,128]{1,0} custom-call(%get-tuple-element.1), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/kernel" source_file="/x/jaxmed/nn/attention.py" source_line=7}
+  %all-gather.9 = bf16[96,128]{1,0} all-gather(%kernel.1), channel_id=5, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  ROOT %tuple.1 = (s32[], bf16[24,128]{1,0}) tuple(%get-tuple-element.1)
+}, execution_thread="main"
+
+ENTRY %main (p0: (s32[], bf16[24,128])) -> (s32[], bf16[24,128]) {
+  %p0 = (s32[], bf16[24,128]{1,0}) parameter(0)
+  ROOT %while.1 = (s32[], bf16[24,128]{1,0}) while(%p0), condition=%none, body=%body, \
+backend_config={"known_trip_count":{"n":"13"}}
+}
+"""
+
+
+def test_what_stands_after_a_kernel_with_metadata_of_several_lines_is_read():
+    module = collectives.parse(BROKEN)
+    (gather,) = collectives.found(module, SIZES)
+    assert (gather.kind, gather.times, gather.bytes) == ("all-gather", 13, 3 / 4 * 96 * 128 * 2)
+    (kernel,) = (i for i in module.computations["body"] if i.opcode == "custom-call")
+    assert collectives.place(module, kernel) == "jaxmed/nn/attention.py:7"
