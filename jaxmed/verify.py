@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from jaxmed.api import load
-from jaxmed.checkpoint.model_plan import ModelPlan
 from jaxmed.checkpoint.folder_kinds import detect_base
+from jaxmed.checkpoint.model_plan import ModelPlan
 from jaxmed.checkpoint.values import parameter_shapes
 from jaxmed.config import VisualConfig
 from jaxmed.errors import UserError

@@ -4,14 +4,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from jaxmed.checkpoint.export_plan import Plan
+from jaxmed.checkpoint.model_plan import ModelPlan
 from jaxmed.data.tokenizer import IMAGE_ID
 from jaxmed.errors import UserError
 from jaxmed.vlm_model import Model
 
 
 @torch.no_grad()
-def arrays(plan: Plan, written: str, ours: Model, image: np.ndarray | None, prompt: str | np.ndarray) -> dict[str, np.ndarray]:
+def arrays(
+    plan: ModelPlan, written: str, ours: Model, image: np.ndarray | None, prompt: str | np.ndarray
+) -> dict[str, np.ndarray]:
     """Stage -> what transformers gives for the ids and pixels of our own prompt."""
     ids = ours.prompt(image, prompt).ids
     if plan.to == "peft":

@@ -10,11 +10,9 @@ from typing import Any
 import jax
 
 import jaxmed
-from jaxmed.checkpoint.export_config import tokenizer_folder, write_chat_template, write_tokenizer
 from jaxmed.checkpoint.export_plan import MODEL, Plan
 from jaxmed.checkpoint.folder_kinds import detect
-from jaxmed.checkpoint.hf_io import base_fingerprint
-from jaxmed.checkpoint.orbax_export import write_native
+from jaxmed.checkpoint.native_writer import write_native
 from jaxmed.checkpoint.tensor_files import write_model, write_safetensors
 from jaxmed.checkpoint.torch_pickle_writer import save_bin
 from jaxmed.config import MeshConfig
@@ -43,8 +41,8 @@ def write_export(
     """`out` appears when it is complete and `verify` had nothing against it; after an error nothing is left of it."""
 
     def fill(folder: str) -> None:
-        if plan.to == "orbax":
-            write_native(plan, folder, mesh)
+        if plan.native is not None:
+            write_native(plan, plan.native, folder, mesh)
         elif is_first():
             _write_files(plan, folder, shard_size, say)
         if is_first():
@@ -88,17 +86,8 @@ def _write_files(plan: Plan, folder: str, shard_size: int, say: Callable[[str], 
             write_safetensors(path, tensors)
     for name, document in plan.documents.items():
         write_json(os.path.join(folder, name), document)
-    if plan.tokenizer:
-        written = {name: document for name, document in plan.documents.items() if name in _CONFIGS}
-        if not write_tokenizer(plan.experiment, folder, plan.extra_tokens):
-            say("there is no tokenizer in the source, so none was written")
-        elif plan.to == "hf":
-            write_chat_template(plan.experiment, folder)
-        for name in set(_CONFIGS) & set(os.listdir(folder)):  # saving a tokenizer states end ids of its own
-            if name in written:
-                write_json(os.path.join(folder, name), written[name])
-            else:
-                os.remove(os.path.join(folder, name))
+    if notice := plan.write_beside(folder):
+        say(notice)
     for name, text in plan.texts.items():
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             file.write(text)
@@ -112,22 +101,16 @@ def write_json(path: str, content: dict[str, Any]) -> None:
 
 def manifest(plan: Plan, source: str) -> dict[str, Any]:
     """Where everything came from: files with their sha256, the rule for each tensor, base, tower, projector and adapter."""
-    model = plan.source.model
     used = sorted({place for tensor in plan.tensors for place in tensor.sources})
-    configs = [os.path.join(folder, name) for folder in {source, model.base, model.tower_folder} - {""} for name in _CONFIGS]
-    base = {"folder": model.base, "fingerprint": base_fingerprint(model.base)} if model.base else {}
+    configs = [os.path.join(folder, name) for folder in {source, *plan.settings()} for name in _CONFIGS]
     return {
         "format": plan.to,
         "jaxmed": jaxmed.__version__,
         "source": {"folder": source, "kind": detect(source)},
-        "base": base,
+        **plan.about(),
         "adapter": _places(plan, lambda path: path.endswith(("/lora_a", "/lora_b")), merged=True),
         "projector": _places(plan, lambda path: path.startswith("projector/"), merged=False),
         "tower": _places(plan, lambda path: path.startswith("tower/"), merged=False),
-        "tokenizer": tokenizer_folder(plan.source) if plan.tokenizer else "",
-        "added_tokens": list(model.added_tokens),
-        "template": plan.experiment.data.template,
-        "encoder": plan.experiment.visual.encoder,
         "files": {path: {"bytes": os.path.getsize(path), "sha256": sha256(path)} for path in _files([*used, *configs])},
         "tensors": [
             {

@@ -16,7 +16,8 @@ from jaxmed.checkpoint import export_documents
 from jaxmed.checkpoint.chat_templates import chat_template
 from jaxmed.checkpoint.decoder_tables import EMBED, HEAD, decoder_rows, lora_rows
 from jaxmed.checkpoint.export_config import TOWER_FOLDER
-from jaxmed.checkpoint.export_plan import MODEL, Format, Plan, Planner, adapter_rows, optimizer_state, stacked_path
+from jaxmed.checkpoint.export_plan import MODEL, Format, Planner, adapter_rows, optimizer_state, stacked_path
+from jaxmed.checkpoint.model_plan import ModelPlan
 from jaxmed.checkpoint.names import BESIDE, PEFT_PREFIX, TOWER_PREFIX
 from jaxmed.checkpoint.passthrough import copied, unused
 from jaxmed.checkpoint.projector_tables import FUSION, PROJECTOR, bridge_rows
@@ -44,7 +45,7 @@ def whole_rows(experiment: Experiment) -> list[Row]:
 # -- upstream's layouts ------------------------------------------------------------------------------------------------------
 
 
-def plan_upstream(values: Values, planner: Planner, to: Format, merge: bool) -> Plan:
+def plan_upstream(values: Values, planner: Planner, to: Format, merge: bool) -> ModelPlan:
     """LLaVA's (adapters merged), M3D-LaMed's or SAMF's folder."""
     experiment = values.experiment
     check_layout(experiment, to)
@@ -64,7 +65,7 @@ def plan_upstream(values: Values, planner: Planner, to: Format, merge: bool) -> 
     notes = []
     if experiment.visual.norm or experiment.visual.positions:
         notes.append("statistics and position table of the visual input are ours; upstream's own loader has no place for them")
-    return Plan(experiment, to, files, documents, True, kept | optimizer_state(values), notes, experiment)
+    return ModelPlan(to, files, documents, kept | optimizer_state(values), notes, experiment=experiment, source=experiment)
 
 
 def check_layout(experiment: Experiment, to: str) -> None:
@@ -126,7 +127,7 @@ def fits_llava(experiment: Experiment) -> bool:
     return tower and plain and model.projector.kind == "mlp2x_gelu" and not model.decoder.fused
 
 
-def plan_llava_hf(values: Values, planner: Planner) -> Plan:
+def plan_llava_hf(values: Values, planner: Planner) -> ModelPlan:
     """Adapters merged; an `<image>` token of its own after the vocabulary, where transformers puts the image."""
     experiment = values.experiment
     extra = export_documents.extra_tokens(experiment)
@@ -156,7 +157,9 @@ def plan_llava_hf(values: Values, planner: Planner) -> Plan:
     left = {name: reason for name, reason in values.ignored.items() if _hf_name(name) not in written}
     text = chat_template(experiment.data.template)
     texts = {"chat_template.jinja": text} if text else {}
-    plan = Plan(experiment, "hf", {MODEL: tensors}, documents, True, left | optimizer_state(values), notes, experiment)
+    plan = ModelPlan(
+        "hf", {MODEL: tensors}, documents, left | optimizer_state(values), notes, experiment=experiment, source=experiment
+    )
     return dataclasses.replace(plan, texts=texts, extra_tokens=extra)
 
 

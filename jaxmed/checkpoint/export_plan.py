@@ -6,11 +6,12 @@ of the table that read them.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxmed.checkpoint.decoder_tables import EMBED, lora_rows
 from jaxmed.checkpoint.load import Path
@@ -19,8 +20,8 @@ from jaxmed.checkpoint.projector_tables import projector_rows
 from jaxmed.checkpoint.row import LAYER, Row
 from jaxmed.checkpoint.tensor_files import Tensor, cast
 from jaxmed.checkpoint.transforms import mean_row
-from jaxmed.checkpoint.values import Values
-from jaxmed.config import Experiment
+from jaxmed.checkpoint.values import Parameters, Values
+from jaxmed.config import LoraConfig, MeshConfig
 from jaxmed.errors import UserError
 from jaxmed.nn.block import adapter_paths
 from jaxmed.nn.linear import Adapter, merged_weight
@@ -32,38 +33,58 @@ MODEL = "model.safetensors"
 TABLE, ADDED = ("decoder", "embed", "table"), ("decoder", "embed", "added")
 
 
+class Native(Protocol):
+    """How a folder of our own form is made, by all processes together."""
+
+    config: str
+    """config.json"""
+    meta: dict[str, Any]
+    """What `manager.read_meta` will find"""
+
+    def mesh(self, asked: MeshConfig) -> Mesh: ...
+
+    def values(self, mesh: Mesh) -> dict[str, jax.Array]:
+        """{path as text: array on the mesh}; the mesh is entered."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What an export will write."""
 
-    experiment: Experiment
-    """Of what is written"""
     to: Format
     files: dict[str, list[Tensor]]
     documents: dict[str, dict[str, Any]]
     """JSON files"""
-    tokenizer: bool
-    """Whether the tokenizer goes along"""
     ignored: dict[str, str]
     """What the source holds and the export leaves out, with the reason"""
     notes: list[str]
-    source: Experiment
-    """Where the values are"""
-    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    texts: dict[str, str] = dataclasses.field(default_factory=dict, kw_only=True)
     """Other files, by name"""
-    extra_tokens: tuple[str, ...] = ()
-    """Tokens that the tokenizer gets after the model's own"""
+    native: Native | None = dataclasses.field(default=None, kw_only=True)
+    """With `orbax`, whose `files` are not written as files"""
 
     @property
     def tensors(self) -> list[Tensor]:
         return [tensor for tensors in self.files.values() for tensor in tensors]
 
+    def about(self) -> dict[str, Any]:
+        """Lines of the manifest that only this kind of model has."""
+        return {}
+
+    def settings(self) -> list[str]:
+        """Folders whose config files were read."""
+        return []
+
+    def write_beside(self, folder: str) -> str:
+        """What is no tensor and no JSON, such as a tokenizer; returns what the person should know, "" for nothing."""
+        return ""
+
 
 class Planner:
     """Rows of the table -> tensors to write."""
 
-    def __init__(self, values: Values, dtype: np.dtype | None):
-        lora = values.experiment.lora
+    def __init__(self, values: Parameters, dtype: np.dtype | None, lora: LoraConfig):
         self.values, self.chosen, self.adapter = values, dtype, Adapter(lora.rank, lora.alpha)
 
     def tensors(

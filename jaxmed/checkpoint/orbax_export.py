@@ -5,43 +5,31 @@ so (`complete`). Parameters stream from the files onto the devices of a mesh and
 and writes its slices. Any mesh restores what any mesh wrote.
 """
 
-import contextlib
 import dataclasses
 import functools
-import json
 import math
-import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, reshard
 
-from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.adapter import Path, text
 from jaxmed.checkpoint.export_config import tokenizer_folder
-from jaxmed.checkpoint.export_plan import Plan
+from jaxmed.checkpoint.model_plan import NO_TOKENIZER, ModelPlan
+from jaxmed.checkpoint.native_writer import STEP
 from jaxmed.checkpoint.tensor_files import Tensor
 from jaxmed.checkpoint.values import Values
 from jaxmed.config import Experiment, LoraConfig, MeshConfig, to_dict, to_json
-from jaxmed.data.tokenizer import Tokenizer
-from jaxmed.distributed import barrier, is_first
-from jaxmed.errors import UserError
 from jaxmed.nn.block import adapter_paths
 from jaxmed.nn.linear import Adapter, merged_weight
 from jaxmed.sharding import make_mesh, unsplit_axis
 from jaxmed.train.init import Leaves, blueprint, flatten, materialise
 
-STEP = os.path.join(manager.FOLDER, "0")
-_CHUNK_BYTES = 1 << 26
-_FILE_BYTES = 1 << 28
-"""Written at once: Orbax's own 2 GB would all wait in memory"""
-_GIGABYTE = 10**9
 
-
-def plan_native(experiment: Experiment, dtype: np.dtype | None, merge: bool) -> Plan:
+def plan_native(experiment: Experiment, dtype: np.dtype | None, merge: bool) -> ModelPlan:
     """`dtype` None: each parameter as the source has it. Nothing is read; what does not fit is refused."""
     values = Values(experiment)
     merge = merge and experiment.lora.rank > 0
@@ -53,12 +41,14 @@ def plan_native(experiment: Experiment, dtype: np.dtype | None, merge: bool) -> 
     ]
     found = {tensor.ours: tensor.dtype for tensor in tensors}
     kept = _own_config(experiment, found.get("decoder/embed/table", np.dtype(np.float32)), merge)
-    notes = [] if tokenizer_folder(experiment) else ["there is no tokenizer in the source, so none was written"]
+    notes = [] if tokenizer_folder(experiment) else [NO_TOKENIZER]
     fresh = [text(path) for path in values.shapes if not values.stored(path)]
     if fresh:
         notes.append(f"no folder holds {', '.join(fresh[:3])}{', ...' if fresh[3:] else ''}: they have their first values")
     optimizer = {f"{run.run}: optimizer state": "a converted model holds weights alone" for run in values.runs}
-    return Plan(kept, "orbax", {STEP: tensors}, {}, True, values.ignored | optimizer, notes, source=experiment)
+    native = ModelNative(experiment, kept, {tensor.ours.partition("[")[0]: tensor.dtype for tensor in tensors})
+    ignored = values.ignored | optimizer
+    return ModelPlan("orbax", {STEP: tensors}, {}, ignored, notes, native=native, experiment=kept, source=experiment)
 
 
 def _tensors(values: Values, path: Path, dtype: np.dtype | None, merge: bool) -> list[Tensor]:
@@ -115,46 +105,42 @@ def mesh_for(experiment: Experiment, asked: MeshConfig) -> Mesh:
     return make_mesh(MeshConfig(data=1, fsdp=fsdp), jax.devices()[:fsdp])
 
 
-def write_native(plan: Plan, folder: str, asked: MeshConfig) -> None:
-    """Config, tokenizer and checkpoint into `folder`, which all processes see. Together on all of them."""
-    mesh = mesh_for(plan.source, asked)
-    if is_first():
-        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-            file.write(to_json(plan.experiment))
-        _write_tokenizer(plan.source, os.path.join(folder, "tokenizer"))
-        os.makedirs(os.path.join(folder, STEP, "meta"))
-        with open(os.path.join(folder, STEP, "meta", "metadata"), "w", encoding="utf-8") as file:
-            json.dump(_meta(plan.experiment), file)
-    barrier("folder of the converted model")
-    with jax.set_mesh(mesh):
-        values = _values(plan, mesh)
-        _save(os.path.join(folder, STEP, "trainable"), values)
+@dataclasses.dataclass(frozen=True)
+class ModelNative:
+    """A whole model on its way into our own form."""
+
+    source: Experiment
+    kept: Experiment
+    """Of what is written"""
+    dtypes: Mapping[str, np.dtype]
+    """Path as text -> dtype"""
+
+    @property
+    def config(self) -> str:
+        return to_json(self.kept)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        return {"config": to_dict(self.kept), "encoder": self.kept.visual.encoder}
+
+    def mesh(self, asked: MeshConfig) -> Mesh:
+        return mesh_for(self.source, asked)
+
+    def values(self, mesh: Mesh) -> dict[str, jax.Array]:
+        return _values(self.source, self.kept.lora.rank > 0, self.dtypes, mesh)
 
 
-def _meta(experiment: Experiment) -> dict[str, Any]:
-    """What `manager.read_meta` finds of a model that was never trained here."""
-    settings = {"config": to_dict(experiment), "encoder": experiment.visual.encoder}
-    return {"step": 0, "total_steps": 0, "complete": True, "base": "", "base_fingerprint": "", "data": ""} | settings
-
-
-def _write_tokenizer(experiment: Experiment, folder: str) -> None:
-    source = tokenizer_folder(experiment)
-    if source:
-        Tokenizer.from_folder(source, experiment.model.added_tokens, experiment.model.pad_token).save(folder)
-
-
-def _values(plan: Plan, mesh: Mesh) -> dict[str, jax.Array]:
-    """{path: array} of the whole model, adapters merged where the plan's config has none."""
+def _values(source: Experiment, apart: bool, dtypes: Mapping[str, np.dtype], mesh: Mesh) -> dict[str, jax.Array]:
+    """{path: array} of the whole model; adapters merged unless they stay `apart`."""
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    data = dataclasses.replace(plan.source.data, batch=rows, microbatches=1, buckets=(2 * mesh.shape["context"],))
-    source = dataclasses.replace(plan.source, data=data)  # no batch is at issue
+    data = dataclasses.replace(source.data, batch=rows, microbatches=1, buckets=(2 * mesh.shape["context"],))
+    source = dataclasses.replace(source, data=data)  # no batch is at issue
     model = blueprint(source, mesh)
-    dtypes = {tensor.ours.partition("[")[0]: tensor.dtype for tensor in plan.tensors}
     leaves: Leaves = {}
     for path, leaf in (flatten(model.trainable) | flatten(model.frozen)).items():
         leaves[path] = jax.ShapeDtypeStruct(leaf.shape, dtypes.get(text(path), np.float32), sharding=leaf.sharding)
     values = materialise(source, leaves, complete=True)
-    if source.lora.rank and not plan.experiment.lora.rank:
+    if source.lora.rank and not apart:
         _merge(values, Adapter(source.lora.rank, source.lora.alpha))
     return {text(path): value for path, value in values.items()}
 
@@ -177,30 +163,3 @@ def _merger(sharding: NamedSharding, scale: float):
             return jax.lax.map(lambda layer: merged_weight(*layer, scale), (weights, a, b))
 
     return jax.jit(merge, out_shardings=sharding, donate_argnums=0)
-
-
-def _save(path: str, values: dict[str, jax.Array]) -> None:
-    """By Orbax, in chunks that another mesh can read a part of; about as much on its way at a time as the largest takes."""
-    _check_finite(values)
-    largest = max(array.nbytes for array in values.values())
-    # weights hardly get smaller by compression, which would hold them twice
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1 + math.ceil(largest / _GIGABYTE), use_compression=False)
-    chunks = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in values}
-    try:
-        with contextlib.closing(ocp.Checkpointer(handler)) as writer:
-            arguments = ocp.args.PyTreeSave(item=values, save_args=chunks, ocdbt_target_data_file_size=_FILE_BYTES)
-            writer.save(os.path.abspath(path), args=arguments)
-    except Exception as error:
-        raise manager.disk_error(error, os.path.dirname(os.path.dirname(path))) from error
-
-
-@jax.jit
-def _finite(array: jax.Array) -> jax.Array:
-    return jnp.isfinite(array).all()
-
-
-def _check_finite(values: dict[str, jax.Array]) -> None:
-    """Files' values are tested as they are read; a merge, or another dtype, can still make infinities."""
-    bad = [name for name, array in values.items() if jnp.issubdtype(array.dtype, jnp.floating) and not bool(_finite(array))]
-    if bad:
-        raise UserError(f"{', '.join(bad)}: values that are not finite in this dtype; give another --dtype, or sound weights")

@@ -1,4 +1,4 @@
-"""A model's parameters one at a time, from wherever they are: base folder, upstream folder, runs, the later over the earlier.
+"""Parameters one at a time, from wherever they are: base folder, upstream folder, runs, the later over the earlier.
 
 What `train.init.materialise` puts on devices in one go is read here slice by slice, for exports that never hold a model whole.
 Paths are those of the stacked tree: blocks have a leading L.
@@ -6,6 +6,7 @@ Paths are those of the stacked tree: blocks have a leading L.
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +18,7 @@ from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.adapter import chain
 from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.load import Path, match_params, read_slice
-from jaxmed.checkpoint.names import canonical_names
-from jaxmed.checkpoint.sources import weight_sources
+from jaxmed.checkpoint.sources import WeightSources, weight_sources
 from jaxmed.config import Experiment, MeshConfig
 from jaxmed.errors import UserError
 from jaxmed.models.vlm import Vlm
@@ -53,34 +53,23 @@ class Origin:
     """Whether it is one array for all layers"""
 
 
-class Values:
-    """Everything is matched when it is made (names, shapes, dtypes; all offenders at once); values are read when asked for."""
+class Parameters:
+    """Parameters of whatever consists of rows of the table: a model, an encoder alone, a projector alone.
 
-    def __init__(self, experiment: Experiment):
-        model = experiment.model
-        self.experiment = experiment
-        self.shapes = parameter_shapes(experiment)
-        folders = list(chain(model.adapter))
-        self.runs = [_trained(folder) for folder in folders if detect(folder) == "run"]
-        self.upstream = next((folder for folder in folders if detect(folder) != "run"), "")
-        self.base_dtypes: dict[str, np.dtype] = {}
-        """Canonical name -> dtype in the base folder"""
-        self.upstream_names: set[str] = set()
-        """Canonical names in the upstream folder"""
+    Everything is matched when it is made (names, shapes, dtypes; all offenders at once); values are read when asked for.
+    """
+
+    def __init__(self, shapes: dict[Path, jax.ShapeDtypeStruct], sources: WeightSources, runs: Sequence[Trained]):
+        self.shapes, self.runs = shapes, list(runs)
         self.ignored: dict[str, str] = {}
         """Canonical name of a tensor that the model does not compute with -> why"""
         self.surplus: dict[str, np.ndarray] = {}
         """The same names -> the tensors, views of their files"""
         self.places: dict[str, str] = {}
         """The same names -> `FILE: NAME`"""
+        self.base_dtypes: dict[str, np.dtype] = {}
+        """Canonical name -> dtype in the folder over which others lie"""
         self._match = None
-        sources = weight_sources(experiment)
-        for folder in sources.folders:
-            names = canonical_names(folder.names(), folder.path, folder.role)
-            if folder.path == model.base:
-                self.base_dtypes = {key: folder.dtype(name) for key, name in names.items()}
-            elif folder.path == self.upstream:
-                self.upstream_names = set(names)
         if sources.folders:
             wanted = {path: leaf for path, leaf in self.shapes.items() if sources.covers(path)}
             self._match = match_params(sources.rows, sources.folders, _nested(wanted), True, sources.surplus)
@@ -153,10 +142,35 @@ class Values:
         return pieces[layer if is_stacked(path) else 0]
 
 
+class Values(Parameters):
+    """A whole model's: base folder, upstream folder and runs together."""
+
+    def __init__(self, experiment: Experiment):
+        model, sources = experiment.model, weight_sources(experiment)
+        folders = list(chain(model.adapter))
+        self.experiment = experiment
+        self.upstream = next((folder for folder in folders if detect(folder) != "run"), "")
+        self.upstream_names: set[str] = set()
+        """Canonical names in the upstream folder"""
+        runs = [read_trained(folder) for folder in folders if detect(folder) == "run"]
+        super().__init__(parameter_shapes(experiment), sources, runs)
+        for folder in sources.folders:
+            names = sources.names(folder)
+            if folder.path == model.base:
+                self.base_dtypes = {key: folder.dtype(name) for key, name in names.items()}
+            elif folder.path == self.upstream:
+                self.upstream_names = set(names)
+
+
 def parameter_shapes(experiment: Experiment) -> dict[Path, jax.ShapeDtypeStruct]:
     """{path: shape} of a whole model, layers stacked, parts of a path as texts."""
+    return module_shapes(lambda: Vlm(experiment, jax.random.key(0), split=False))
+
+
+def module_shapes(build: Callable[[], nnx.Module]) -> dict[Path, jax.ShapeDtypeStruct]:
+    """The same of any module."""
     with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.local_devices()[:1])):
-        state = nnx.state(nnx.eval_shape(lambda: Vlm(experiment, jax.random.key(0), split=False)))
+        state = nnx.state(nnx.eval_shape(build))
     leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))[0]
     return {tuple(str(key.key) for key in keys): jax.ShapeDtypeStruct(leaf.shape, np.float32) for keys, leaf in leaves}
 
@@ -176,7 +190,7 @@ def _nested(leaves: dict[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def _trained(run: str) -> Trained:
+def read_trained(run: str) -> Trained:
     step = manager.newest(run)
     return Trained(run, step, manager.trainable_leaves(run, step))
 
