@@ -23,7 +23,7 @@ from jaxmed.model_config import (
     TowerConfig,
     require,
 )
-from jaxmed.visual_config import EncodeConfig, PixelConfig, VisualConfig
+from jaxmed.visual_config import EncodeConfig, PixelConfig, PrepareConfig, VisualConfig
 
 __all__ = [
     "AggregatorConfig",
@@ -40,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PixelConfig",
+    "PrepareConfig",
     "ProjectorConfig",
     "RopeConfig",
     "TextEncoderConfig",
@@ -289,7 +290,7 @@ class Experiment:
     encode: EncodeConfig = EncodeConfig()
     task: Literal["tokens", "contrastive"] = "tokens"
     """What is minimised: the cross-entropy of texts, or the contrast of volumes with reports (M3D-CLIP; no decoder then)."""
-    contrastive: ContrastiveConfig = ContrastiveConfig()
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 
     def __post_init__(self):
         packed = self.data.pack and self.model.fusion.kind != "none"
@@ -303,7 +304,7 @@ class Experiment:
         require(seen, "task contrastive: model.tower must give its class token; set model.tower.select_feature to cls_patch")
         fits = self.visual.kind == "volumes" and self.visual.volume == tower.image
         require(fits, f"task contrastive: visual.kind must be volumes and visual.volume the tower's {tower.image}")
-        require(data.max_length > 2, f"task contrastive: data.max_length is {data.max_length}; give the texts' length in tokens")
+        require(data.max_length > 2, f"task contrastive: data.max_length is {data.max_length}; give the texts' tokens")
         longest = self.contrastive.text.positions
         require(data.max_length <= longest, f"data.max_length is {data.max_length}, the text encoder has {longest} positions")
         require(not data.pack, "task contrastive: a row holds one pair; switch data.pack off")
@@ -376,8 +377,16 @@ def replace_field(config: Any, name: str, value: Any, above: str = "") -> Any:
         require(dataclasses.is_dataclass(current), f"config field {above + first!r} has no field {rest!r}")
         return dataclasses.replace(config, **{first: replace_field(current, rest, value, f"{above}{first}.")})
     if isinstance(value, str) and isinstance(current, int | float):
-        try:
-            value = value == "true" if isinstance(current, bool) else type(current)(value)
-        except ValueError as error:
-            raise ConfigError(f"{above}{name} is {value!r}; a number is needed") from error
+        value = _number(value, current, above + name)
+    elif isinstance(value, str) and isinstance(current, tuple) and current:
+        parts = [part for part in value.replace(",", " ").split() if part]
+        value = [part if isinstance(current[0], str) else _number(part, current[0], above + name) for part in parts]
+        require(len(value) == len(current), f"{above}{name} is {value}; {len(current)} values are needed, with commas between")
     return dataclasses.replace(config, **{first: tuple(value) if isinstance(current, tuple) else value})
+
+
+def _number(text: str, like: int | float, name: str) -> int | float:
+    try:
+        return text == "true" if isinstance(like, bool) else type(like)(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}; a number is needed") from error

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmed.config import Experiment, MeshConfig
 from jaxmed.errors import UserError
-from jaxmed.types import Batch, Order
+from jaxmed.types import Batch, Order, PairBatch
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -48,6 +48,12 @@ class Rules:
         if len(used) != len(set(used)):
             raise ValueError(f"logical axes {axes} use a mesh axis twice: {used}")
         return PartitionSpec(*(entry or None for entry in entries))
+
+    def summed_once(self, x: jax.Array, axis: str, *axes: str | None) -> jax.Array:
+        """x, laid out by `axes`, for several products whose outputs are split along `axis`: their gradients of x are added up
+        before they are summed over that axis's shards, not one by one."""
+        over = getattr(self, axis)
+        return jax.sharding.reshard(x, self.spec(*axes).update(reduced=set(over))) if over else x
 
     def sharding(self, mesh: Mesh, *axes: str | None) -> NamedSharding:
         return NamedSharding(mesh, self.spec(*axes))
@@ -188,6 +194,12 @@ def batch_specs(rules: Rules, order: Order = "natural", image_ndim: int = 4) -> 
         image_grid=rules.spec("batch", None, None),
         order=order,
     )
+
+
+def pair_specs(rules: Rules) -> PairBatch:
+    """A PairBatch of specs: rows are split, nothing else."""
+    row = rules.spec("batch", None)
+    return PairBatch(rules.spec("batch", *[None] * 4), row, row, rules.spec("batch"))
 
 
 def balanced_order(length: int, context: int) -> np.ndarray:

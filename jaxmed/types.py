@@ -1,7 +1,8 @@
 """The structs that travel between the rooms of the house. All are immutable pytrees; every mask is explicit.
 
 Axis letters: B rows, T text (image places included), M supervised positions, I images a row, N tokens an image,
-C features of an image token, L layers, S cache slots, K kv heads, H head width.
+C features of an image token, D, H, W depth, rows and columns of a volume, L layers, S cache slots, K kv heads, H head width,
+R branches a row, G new tokens.
 """
 
 import dataclasses
@@ -44,6 +45,21 @@ class Batch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class PairBatch:
+    """One global batch of volumes and reports, a pair a row."""
+
+    images: Array
+    """[B, D, H, W, 1] in the dtype of the computation"""
+    tokens: Array
+    """[B, T] int32"""
+    mask: Array
+    """[B, T] int32, 1 text, 0 padding"""
+    samples: Array
+    """[B] int32, 0 = no pair, else 1 + the pair's number within the global batch"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys and values of what was seen; every slot says its position and whether it counts.
 
@@ -58,6 +74,10 @@ class KVCache:
     """[B, S] int32"""
     valid: Array
     """[B, S] bool"""
+    branches: Array
+    """[B, S] int32, 0: what all that follows in the row sees; else the branch that the slot belongs to (see nn.cache.fork)"""
+    reach: Array
+    """[B] int32, the position up to which a row may grow, said when it was begun: longrope chooses its frequencies by it"""
     cursor: Array
     """[] int32, tokens written; one for the whole batch, since prompts are padded on the left"""
     spare: int = dataclasses.field(default=0, metadata={"static": True})
@@ -80,20 +100,20 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Loop state of the sampler."""
+    """Loop state of the sampler. A row holds R answers, its branches, that grow from one prefix (1: an answer a row)."""
 
     cache: KVCache
     tokens: Array
-    """[B, G] int32, what was generated, 0 beyond `lengths`"""
+    """[B, R, G] int32, what was generated, 0 beyond `lengths`"""
     lengths: Array
-    """[B] int32, tokens generated, the end token included"""
+    """[B, R] int32, tokens generated, the end token included"""
     last: Array
-    """[B] int32, the token fed next"""
+    """[B, R] int32, the token fed next"""
     position: Array
-    """[B] int32, its position"""
+    """[B, R] int32, its position"""
     done: Array
-    """[B] bool, an end token was generated or the row is empty"""
+    """[B, R] bool, an end token was generated or there is no prompt"""
     seen: Array
-    """[B, V] bool where a repetition penalty is on, else [B, 0]: tokens of the prompt and of the answer"""
+    """[B, R, V] bool where a repetition penalty is on, else [B, R, 0]: tokens of the answer"""
     steps: Array
     """[] int32, decode steps done"""

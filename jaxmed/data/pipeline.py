@@ -17,15 +17,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxmed.data.dataset import Dataset, Sample, scan
 from jaxmed.data.inputs import image_ndim
+from jaxmed.data.pairs import PairSet
 from jaxmed.data.plan import GlobalBatch
 from jaxmed.data.rows import Arrays, build_rows, permute_batch
 from jaxmed.errors import Problem, UserError
-from jaxmed.sharding import Rules, balanced_order, batch_specs, to_shardings
-from jaxmed.types import Batch
+from jaxmed.sharding import Rules, balanced_order, batch_specs, pair_specs, to_shardings
+from jaxmed.types import Batch, PairBatch
 
 __all__ = ["Batches", "Dataset", "Sample", "batches", "build_rows", "evaluation_batches", "local_rows", "permute_batch", "scan"]
-
-FIELDS = tuple(f.name for f in dataclasses.fields(Batch) if f.name != "order")
 
 
 class Steps(Protocol):
@@ -46,12 +45,13 @@ def check_buckets(buckets: tuple[int, ...], context: int) -> None:
         raise UserError(f"data.buckets {bad} are not multiples of 2 x mesh.context = {2 * context}; change them or the mesh")
 
 
-class Batches(Iterator[tuple[GlobalBatch, Batch]]):
-    """Iterator over (global batch, its arrays on the mesh). After an item, `data_wait` says how long it was waited for."""
+class Batches(Iterator[tuple[GlobalBatch, Batch | PairBatch]]):
+    """Iterator over (global batch, its arrays on the mesh), a PairBatch for a PairSet. After an item, `data_wait` says how long
+    it was waited for."""
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | PairSet,
         plan: Steps,
         start_step: int,
         mesh: Mesh,
@@ -60,11 +60,15 @@ class Batches(Iterator[tuple[GlobalBatch, Batch]]):
         on_problem: Callable[[Problem], None] | None,
     ):
         data = dataset.experiment.data
-        check_buckets(data.buckets, mesh.shape["context"])
         self._dataset, self._plan, self._on_problem = dataset, plan, on_problem
         self._context = mesh.shape["context"]
-        order = "balanced" if self._context > 1 else "natural"
-        self._shardings = to_shardings(batch_specs(rules, order, image_ndim(dataset.experiment.visual)), mesh)
+        if isinstance(dataset, PairSet):
+            specs, self._build = pair_specs(rules), dataset.build_rows
+        else:
+            check_buckets(data.buckets, self._context)
+            order = "balanced" if self._context > 1 else "natural"
+            specs, self._build = batch_specs(rules, order, image_ndim(dataset.experiment.visual)), self._token_rows
+        self._shardings = to_shardings(specs, mesh)
         row_map = rules.sharding(mesh, "batch").addressable_devices_indices_map((data.batch,))
         self._rows = local_rows(row_map, data.batch)
         self.data_wait = 0.0
@@ -78,12 +82,15 @@ class Batches(Iterator[tuple[GlobalBatch, Batch]]):
     def _load(self, step: int) -> tuple[GlobalBatch, Arrays, list[Problem]]:
         """Runs in Grain's threads."""
         batch = self._plan[int(step)]
-        arrays, problems = build_rows(self._dataset, batch, self._rows)
+        return batch, *self._build(batch, self._rows)
+
+    def _token_rows(self, batch: GlobalBatch, rows: list[int]) -> tuple[Arrays, list[Problem]]:
+        arrays, problems = build_rows(self._dataset, batch, rows)
         if self._context > 1:
             arrays = permute_batch(arrays, balanced_order(batch.bucket, self._context))
-        return batch, arrays, problems
+        return arrays, problems
 
-    def __next__(self) -> tuple[GlobalBatch, Batch]:
+    def __next__(self) -> tuple[GlobalBatch, Batch | PairBatch]:
         start = time.perf_counter()
         batch, arrays, problems = next(self._loader)
         self.data_wait = time.perf_counter() - start
@@ -93,10 +100,10 @@ class Batches(Iterator[tuple[GlobalBatch, Batch]]):
                 self._on_problem(problem)
         return batch, self._place(arrays, len(batch.rows))
 
-    def _place(self, arrays: Arrays, rows: int) -> Batch:
+    def _place(self, arrays: Arrays, rows: int) -> Batch | PairBatch:
         """Local rows -> global arrays; each device takes its slice."""
-        fields = {name: to_global(arrays[name], self._rows, rows, getattr(self._shardings, name)) for name in FIELDS}
-        return Batch(**fields, order=self._shardings.order)
+        fields = {name: to_global(x, self._rows, rows, getattr(self._shardings, name)) for name, x in arrays.items()}
+        return dataclasses.replace(self._shardings, **fields)
 
     def close(self) -> None:
         """Stops the threads."""
@@ -116,7 +123,7 @@ def to_global(array: np.ndarray, rows: list[int], count: int, sharding: NamedSha
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Dataset | PairSet,
     plan: Steps,
     start_step: int,
     mesh: Mesh,
@@ -129,7 +136,7 @@ def batches(
 
 
 def evaluation_batches(
-    dataset: Dataset, mesh: Mesh, rules: Rules, on_problem: Callable[[Problem], None] | None = None
+    dataset: Dataset | PairSet, mesh: Mesh, rules: Rules, on_problem: Callable[[Problem], None] | None = None
 ) -> Batches:
     """Every sample of a held-out set once, in the order of its file within each bucket; empty rows fill the last batch."""
     plan = dataset.evaluation_plan()
