@@ -377,16 +377,21 @@ def replace_field(config: Any, name: str, value: Any, above: str = "") -> Any:
         require(dataclasses.is_dataclass(current), f"config field {above + first!r} has no field {rest!r}")
         return dataclasses.replace(config, **{first: replace_field(current, rest, value, f"{above}{first}.")})
     if isinstance(value, str) and isinstance(current, int | float):
-        value = _number(value, current, above + name)
-    elif isinstance(value, str) and isinstance(current, tuple) and current:
-        parts = [part for part in value.replace(",", " ").split() if part]
-        value = [part if isinstance(current[0], str) else _number(part, current[0], above + name) for part in parts]
-        require(len(value) == len(current), f"{above}{name} is {value}; {len(current)} values are needed, with commas between")
+        value = _number(value, type(current), above + name)
+    elif isinstance(value, str) and isinstance(current, tuple):
+        value = _several(value, typing.get_args(fields[first]), above + name)
     return dataclasses.replace(config, **{first: tuple(value) if isinstance(current, tuple) else value})
 
 
-def _number(text: str, like: int | float, name: str) -> int | float:
+def _number(text: str, kind: type, name: str) -> int | float:
     try:
-        return text == "true" if isinstance(like, bool) else type(like)(text)
+        return text == "true" if kind is bool else kind(text)
     except ValueError as error:
         raise ConfigError(f"{name} is {text!r}; a number is needed") from error
+
+
+def _several(text: str, kinds: tuple[Any, ...], name: str) -> list[Any]:
+    """Entries of a tuple, with commas or spaces between; `kinds`: their types, with an ellipsis where they may be any number."""
+    parts = text.replace(",", " ").split()
+    require(... in kinds or len(parts) == len(kinds), f"{name} is {text!r}; {len(kinds)} values are needed, commas between")
+    return [part if kinds[0] is str else _number(part, kinds[0], name) for part in parts]

@@ -1,7 +1,7 @@
 """Frozen dataclasses of the image side: how files become what a tower or a projector reads, and how volumes become tokens."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from jaxmed.model_config import require
 
@@ -27,6 +27,50 @@ class PixelConfig:
     def side(self) -> int:
         """Pixels of a side of the square that comes out."""
         return self.crop or self.shortest
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """From a CT volume (NIfTI, a DICOM series, a folder of slices) to the tower's input: kind `volumes` alone."""
+
+    preset: Literal["m3d", "amos_challenge", "hu_window", "m3d_seg", "m3d_refseg"] = "m3d"
+    """Which numbers become 0 and 1, foreground crop, resize. `m3d`: darkest and brightest voxel, crop, half-pixel;
+    `amos_challenge`: the same without crop, corners aligned; `hu_window`: clipped to `window` first; `m3d_seg`, `m3d_refseg`:
+    percentiles, as those data sets were made. Folders of slices are always `m3d`."""
+    axes: Literal["preset", "radiological", "zyx", "zxy"] = "preset"
+    """Order of (depth, rows, columns): `radiological` turns every volume to (head, back, left); `zyx` and `zxy` take the
+    file's axes as stored, unturned (`zxy`: amos_challenge as its authors ran it); `preset`: radiological but for m3d_seg (zyx)
+    and m3d_refseg (zxy)."""
+    window: tuple[float, float] = (-1000.0, 1000.0)
+    """Hounsfield units at which `hu_window` clips."""
+    crop: bool = True
+    """Cut `hu_window` to the voxels brighter than the darkest; the other presets do as published."""
+    hu: Literal["auto", "header", "csv", "none"] = "auto"
+    """Which scaling makes Hounsfield units for `hu_window`: the one that gives air, the header's, the metadata's over it, or
+    stored numbers as they are. The other presets do not depend on the scale and take the header's."""
+    metadata: str = ""
+    """CSV of CT-RATE's kind with slope and intercept of every NIfTI file, for `hu`."""
+    index: int = -1
+    """Which volume of a NIfTI file of four axes, from 0 (-1: such a file is refused)."""
+    series: str = ""
+    """Which series of DICOM folders that hold several: its UID, number or description (none: such a folder is refused)."""
+    cache: str = ""
+    """Folder where prepared volumes are kept (none: each is prepared whenever it is read). A changed file or setting never
+    reuses what was kept."""
+    augment: Literal["none", "intensity", "m3d"] = "none"
+    """In training: `intensity` scales and shifts by up to a tenth; `m3d` first turns and mirrors too, which makes left right:
+    not where reports name sides."""
+
+    def __post_init__(self):
+        for name in ("preset", "axes", "hu", "augment"):  # overrides come as text that no parser has checked
+            known = get_args(get_type_hints(PrepareConfig)[name])
+            given = getattr(self, name)
+            require(given in known, f"visual.prepare.{name} is {given!r}; known are {', '.join(known)}")
+        low, high = self.window
+        require(low < high, f"visual.prepare.window is {self.window}; the first must be smaller")
+        require(self.index >= -1, f"visual.prepare.index is {self.index}; it counts from 0 (-1: no file of four axes)")
+        known = self.hu != "csv" or self.metadata
+        require(known, "visual.prepare.hu is csv, which takes slope and intercept of a CSV; give it as visual.prepare.metadata")
 
 
 @dataclass(frozen=True)
@@ -62,10 +106,14 @@ class VisualConfig:
     """Voxels (depth, rows, columns) of a prepared volume (kind `volumes` alone)."""
     pixels: PixelConfig = PixelConfig()
     """How images become pixels (kind `pixels`); its `shortest` and `crop` hold for `slices` as well."""
+    prepare: PrepareConfig = PrepareConfig()
+    """How CT volumes become the tower's input (kind `volumes`)."""
 
     def __post_init__(self):
         require(self.images >= 0 and self.tokens >= 0, "visual.images and visual.tokens must not be negative")
         require(all(m >= 1 for m in self.merge), f"visual.merge is {self.merge}; every entry must be at least 1")
+        turned = self.kind != "volumes" or self.prepare.augment != "m3d" or self.volume[1] == self.volume[2]
+        require(turned, f"visual.prepare.augment m3d turns slices by 90 degrees; visual.volume {self.volume} is not square")
         if self.kind == "codes":
             t, h, w = self.grid
             fits = t * h * w == self.tokens

@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 from PIL import Image
 
-from jaxmed.data.volumes import UNREADABLE
+from jaxmed.data.nifti import UNREADABLE
 from jaxmed.errors import UserError
 
 WRAP = (0.0, 0.0)
