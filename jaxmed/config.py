@@ -391,7 +391,7 @@ def _number(text: str, kind: type, name: str) -> int | float:
 
 
 def _several(text: str, kinds: tuple[Any, ...], name: str) -> list[Any]:
-    """Entries of a tuple, with commas or spaces between; `kinds`: their types, with an ellipsis where they may be any number."""
+    """Entries of a tuple, with commas or spaces between; `kinds`: their types, then an ellipsis where any number will do."""
     parts = text.replace(",", " ").split()
     require(... in kinds or len(parts) == len(kinds), f"{name} is {text!r}; {len(kinds)} values are needed, commas between")
-    return [part if kinds[0] is str else _number(part, kinds[0], name) for part in parts]
+    return [_number(part, kinds[0], name) if kinds[0] in (int, float) else part for part in parts]
