@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxmed.config import DecoderConfig, LoraConfig
 from jaxmed.nn import attention_cudnn
 from jaxmed.nn.attention import Layout, Mask, attention, cached_attention
 from jaxmed.nn.block import Block
-from jaxmed.nn.cache import cache_prompt, cache_row, cache_token, context_shards, next_slot
+from jaxmed.nn.cache import ROOT, Lineages, cache_marks, cache_prompt, cache_row, cache_tokens, context_shards
 from jaxmed.nn.dropout import Dropout
 from jaxmed.nn.linear import product
 from jaxmed.nn.norm import RMSNorm
@@ -30,6 +31,8 @@ from jaxmed.sharding import Rules, whole_rows
 from jaxmed.types import KVCache
 
 VOCAB_MULTIPLE = 256
+QUERIES = 256
+"""Tokens of a row that are scored against its whole cache at once, where a cache is extended"""
 
 
 def padded_vocab(size: int) -> int:
@@ -99,13 +102,13 @@ class Decoder(nnx.Module):
     def _angles(self, positions: jax.Array, long: jax.Array | bool) -> tuple[jax.Array, jax.Array]:
         return rope_angles(positions, self.config.rope, self.config.head_dim, long)
 
-    def _reaches_far(self, last: jax.Array, left: jax.Array | int) -> jax.Array | bool:
-        """Which of longrope's lists a cached sequence uses: its last position so far [B, 1], slots left -> [B, 1] bool.
+    def _reaches_far(self, reach: jax.Array) -> jax.Array | bool:
+        """Which of longrope's lists cached sequences use: [B], up to which position they may grow -> [B, 1] bool.
 
-        Decided once for prompt and answer together, by the room in the cache: cached keys are never rotated again. (In
-        transformers an answer that crosses the limit starts with the short list and is computed anew with the long one there.)
+        Decided once for prompt and answer together: cached keys are never rotated again. (In transformers an answer that
+        crosses the limit starts with the short list and is computed anew with the long one there.)
         """
-        return last + left >= self.config.rope.original_positions if self.config.rope.scaling == "longrope" else False
+        return reach[:, None] >= self.config.rope.original_positions if self.config.rope.scaling == "longrope" else False
 
     def __call__(
         self,
@@ -137,12 +140,21 @@ class Decoder(nnx.Module):
         return self.norm(h, rules)
 
     def prefill(
-        self, h: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: KVCache, layout: Layout, rules: Rules
+        self,
+        h: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: KVCache,
+        layout: Layout,
+        rules: Rules,
+        reach: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Fills an empty cache with a prompt and returns its hidden states. h [B, T, D], padded on the left (segment 0); over
-        context shards T lies as `layout.order` says, and the shards divide it."""
-        left = cache.positions.shape[1] - cache.spare - positions.shape[1]
-        angles = self._angles(positions, self._reaches_far(jnp.max(positions, axis=1, keepdims=True), left))
+        context shards T lies as `layout.order` says, and the shards divide it. `reach` [B]: see KVCache (None: to the last
+        slot)."""
+        if reach is None:
+            reach = jnp.max(positions, axis=1) + cache.positions.shape[1] - cache.spare - positions.shape[1]
+        angles = self._angles(positions, self._reaches_far(reach))
 
         def attend(layer_keys, layer_values):
             def inner(q, k, v):
@@ -153,26 +165,61 @@ class Decoder(nnx.Module):
 
         h, keys, values = self._run_cached(h, angles, attend, cache, rules)
         seen, valid = (cache_row(*x, rules) for x in ((cache.positions, positions), (cache.valid, segment_ids != 0)))
-        return self.norm(h, rules), KVCache(keys, values, seen, valid, jnp.int32(positions.shape[1]), cache.spare)
+        cursor = jnp.int32(positions.shape[1])
+        return self.norm(h, rules), KVCache(keys, values, seen, valid, cache.branches, reach, cursor, cache.spare)
 
     def step(self, h: jax.Array, position: jax.Array, cache: KVCache, rules: Rules) -> tuple[jax.Array, KVCache]:
         """One token: h [B, 1, D], position [B] -> hidden states [B, 1, D] and the cache with one more slot."""
-        left = cache.positions.shape[1] - cache.spare - 1 - cache.cursor
-        angles = self._angles(position[:, None], self._reaches_far(position[:, None], left))
-        here = next_slot(cache, rules)
-        positions = jnp.where(here, position[:, None], cache.positions)
-        valid = cache.valid | here
+        return self.extend(h, position[:, None], None, cache, ROOT, rules)
+
+    def extend(
+        self,
+        h: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array | None,
+        cache: KVCache,
+        lineages: Lineages,
+        rules: Rules,
+    ) -> tuple[jax.Array, KVCache]:
+        """As many more tokens of every branch: h [B, T, D], one branch's after the other, positions and valid (None: all)
+        [B, T] -> hidden states [B, T, D] and the cache with T more slots. T is whole and short.
+
+        `lineages`: the row's branches (see nn.cache.fork). A token sees its own branch's slots and those of the branches that
+        it comes from.
+        """
+        rows, length = positions.shape
+        of_token, chunk = whole_rows(rules), min(length, QUERIES)
+        angles = self._angles(positions, self._reaches_far(cache.reach))
+        whole = of_token.spec("batch", None)
+        own = np.repeat([lineage[-1] for lineage in lineages], length // len(lineages)).astype(np.int32)
+        new = {
+            "positions": positions,
+            "valid": jnp.ones((rows, length), bool, out_sharding=whole) if valid is None else valid,
+            "branches": jnp.broadcast_to(own, (rows, length), out_sharding=whole),
+        }
+        marks = {name: cache_marks(getattr(cache, name), x, cache.cursor, rules) for name, x in new.items()}
+        seen = None
+        if lineages != ROOT:
+            ancestors = np.repeat(np.asarray(lineages, np.int32), length // len(lineages), axis=0)
+            by_token = of_token.spec("batch", None, None)
+            seen = jnp.broadcast_to(ancestors, (rows, *ancestors.shape), out_sharding=by_token)
 
         def attend(layer_keys, layer_values):
             def inner(q, k, v):
-                kept = tuple(cache_token(*x, cache.cursor, rules) for x in ((layer_keys, k), (layer_values, v)))
-                return cached_attention(q, *kept, position[:, None], positions, valid, self.mask, rules), kept
+                kept = tuple(cache_tokens(*x, cache.cursor, rules) for x in ((layer_keys, k), (layer_values, v)))
+                pieces = []
+                for start in range(0, length, chunk):
+                    cut = slice(start, start + chunk)
+                    branches = None if seen is None else (seen[:, cut], marks["branches"])
+                    where = (positions[:, cut], marks["positions"], marks["valid"])
+                    pieces.append(cached_attention(q[:, cut], *kept, *where, self.mask, rules, branches))
+                return jnp.concatenate(pieces, axis=1), kept
 
             return inner
 
-        of_token = whole_rows(rules)
         h, keys, values = self._run_cached(h, angles, attend, cache, of_token)
-        return self.norm(h, of_token), KVCache(keys, values, positions, valid, cache.cursor + 1, cache.spare)
+        state = KVCache(keys, values, **marks, reach=cache.reach, cursor=cache.cursor + length, spare=cache.spare)
+        return self.norm(h, of_token), state
 
     def _run_cached(self, h: jax.Array, angles: Any, attend: Any, cache: KVCache, rules: Rules):
         """All blocks, each with its layer's cache. A stacked cache rides in the carry: elsewhere it would be copied."""
@@ -252,4 +299,6 @@ def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype,
         stacked = rules.spec(None, "batch", "kv_heads", "length", None)
         layers = [jnp.zeros((config.layers, *shape), dtype, out_sharding=stacked) for _ in range(2)]
     row = {"shape": (batch, slots + spare), "out_sharding": rules.spec("batch", "length")}
-    return KVCache(*layers, jnp.zeros(dtype=jnp.int32, **row), jnp.zeros(dtype=jnp.bool, **row), jnp.int32(0), spare)
+    positions, branches = (jnp.zeros(dtype=jnp.int32, **row) for _ in range(2))
+    reach = jnp.zeros((batch,), jnp.int32, out_sharding=rules.spec("batch"))
+    return KVCache(*layers, positions, jnp.zeros(dtype=jnp.bool, **row), branches, reach, jnp.int32(0), spare)

@@ -131,23 +131,27 @@ def cached_attention(
     valid: jax.Array,
     mask: Mask,
     rules: Rules,
+    branches: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """A few queries against a cache: q [B, T, Q, H], k and v [B, K, S, H], position_q [B, T], position_k and valid [B, S]
     -> [B, T, Q, H]. The scores [B, Q, T, S] exist at once, so T is small here (one, in the decode loop).
 
     Slots may be split over `context`: each shard takes the softmax over its own, and the shards' results are joined by their
-    maxima and denominators.
+    maxima and denominators. `branches`: those that each query sees [B, T, A], and that each slot is of [B, S]; None: no branches.
     """
     merged = bool(rules.length)
 
-    def local(q, k, v, position_q, position_k, valid):
+    def local(q, k, v, position_q, position_k, valid, *branches):
         if rules.kv_heads != rules.heads:
             k, v = (own_kv_heads(x, q.shape[2], axis=1) for x in (k, v))
         batch, length, heads, width = q.shape
         # heads of a group and queries on one axis: XLA's CPU lacks some bfloat16 products of five axes
         kv_heads = k.shape[1]
         grouped = q.reshape(batch, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, width)
-        allowed = mask(position_q, position_k, jnp.ones_like(position_q), valid.astype(jnp.int32))[:, None, None]
+        allowed = mask(position_q, position_k, jnp.ones_like(position_q), valid.astype(jnp.int32))
+        for seen, of_slot in [branches] if branches else []:
+            allowed &= jnp.any(seen[..., None] == of_slot[:, None, None, :], axis=2)
+        allowed = allowed[:, None, None]
         scores = jnp.einsum("bknh,bksh->bkns", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
         scores = jnp.where(allowed, scores.reshape(batch, kv_heads, -1, length, k.shape[2]), NEGATIVE)
         weights, total = _weights(scores, merged)
@@ -161,7 +165,10 @@ def cached_attention(
     q_spec, kv_spec = rules.spec("batch", None, "heads", None), rules.spec("batch", "kv_heads", "length", None)
     of_queries, of_slots = rules.spec("batch", None), rules.spec("batch", "length")
     specs = (q_spec, kv_spec, kv_spec, of_queries, of_slots, of_slots)
-    return jax.shard_map(local, in_specs=specs, out_specs=q_spec)(q, k, v, position_q, position_k, valid)
+    inputs = (q, k, v, position_q, position_k, valid)
+    if branches is not None:
+        specs, inputs = (*specs, rules.spec("batch", None, None), of_slots), (*inputs, *branches)
+    return jax.shard_map(local, in_specs=specs, out_specs=q_spec)(*inputs)
 
 
 def _weights(scores: jax.Array, merged: bool) -> tuple[jax.Array, jax.Array]:

@@ -3,19 +3,35 @@
 Tokens go round the shards: token n lies in slot n // c of shard n % c. A prompt, of which each shard holds an equal part, is
 thus written without a transfer, whatever order it lies in: a slot's position says what it is. Every write is local.
 
+Several answers may grow from one prefix. They are branches of a row and each slot says whose it is, so the prefix is held once
+and nothing is copied: `fork` makes branches, `Decoder.extend` writes into them.
+
 Axis letters: B batch, T tokens, S cache slots, K kv heads, H head width, D width, c context shards.
 """
+
+import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from jaxmed.sharding import Rules
-from jaxmed.types import KVCache, Order
+from jaxmed.types import Order
+
+Lineages = tuple[tuple[int, ...], ...]
+"""A branch each: the numbers of the branches whose slots it sees, its own last; 0 is what all begin with"""
+ROOT: Lineages = ((0,),)
 
 
 def context_shards(rules: Rules) -> int:
     """Shards of T and of the cache's slots on the mesh that is entered."""
     return dict(jax.sharding.get_abstract_mesh().shape)["context"] if rules.length else 1
+
+
+def fork(lineages: Lineages, count: int) -> Lineages:
+    """Each branch's `count` children, one branch's after the other; a row begins as ROOT."""
+    following = itertools.count(1 + max(max(lineage) for lineage in lineages))
+    return tuple((*lineage, next(following)) for lineage in lineages for _ in range(count))
 
 
 def cache_prompt(cache: jax.Array, new: jax.Array, rules: Rules) -> jax.Array:
@@ -39,26 +55,34 @@ def cache_row(cache: jax.Array, new: jax.Array, rules: Rules) -> jax.Array:
     return jax.shard_map(write, in_specs=(spec, spec), out_specs=spec)(cache, new)
 
 
-def cache_token(cache: jax.Array, new: jax.Array, cursor: jax.Array, rules: Rules) -> jax.Array:
-    """cache [B, K, S, H], new [B, 1, K, H], the token's number [] -> the cache with the token in its slot"""
-    context = context_shards(rules)
+def cache_tokens(cache: jax.Array, new: jax.Array, cursor: jax.Array, rules: Rules) -> jax.Array:
+    """cache [B, K, S, H], new [B, T, K, H], the first token's number [] -> the cache with the tokens in their slots"""
+    spec, new_spec = rules.spec("batch", "kv_heads", "length", None), rules.spec("batch", None, "kv_heads", None)
 
     def write(cache: jax.Array, new: jax.Array, cursor: jax.Array) -> jax.Array:
-        new = new.transpose(0, 2, 1, 3).astype(cache.dtype)
-        if context > 1:
-            old = jax.lax.dynamic_slice_in_dim(cache, cursor // context, 1, axis=2)
-            new = jnp.where(cursor % context == jax.lax.axis_index("context"), new, old)
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, cursor // context, axis=2)
+        return _written(cache, new.transpose(0, 2, 1, 3).astype(cache.dtype), cursor, 2, context_shards(rules))
 
-    spec, new_spec = rules.spec("batch", "kv_heads", "length", None), rules.spec("batch", None, "kv_heads", None)
     return jax.shard_map(write, in_specs=(spec, new_spec, rules.spec()), out_specs=spec)(cache, new, cursor)
 
 
-def next_slot(cache: KVCache, rules: Rules) -> jax.Array:
-    """[1, S] bool: where the next token goes"""
-    slots, context = cache.positions.shape[1], context_shards(rules)
-    number = jax.lax.broadcasted_iota(jnp.int32, (1, slots), 1, out_sharding=rules.spec(None, "length"))
-    return number == cache.cursor % context * (slots // context) + cache.cursor // context
+def cache_marks(cache: jax.Array, new: jax.Array, cursor: jax.Array, rules: Rules) -> jax.Array:
+    """The same for what has neither heads nor width: cache [B, S], new [B, T]"""
+    spec, new_spec, context = rules.spec("batch", "length"), rules.spec("batch", None), context_shards(rules)
+    write = partial(_written, axis=1, context=context)
+    return jax.shard_map(write, in_specs=(spec, new_spec, rules.spec()), out_specs=spec)(cache, new, cursor)
+
+
+def _written(cache: jax.Array, new: jax.Array, cursor: jax.Array, axis: int, context: int) -> jax.Array:
+    """Inside shard_map: this shard's slots along `axis` with those of the tokens that belong there."""
+    if context == 1:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, cursor, axis)
+    shard, count = jax.lax.axis_index("context"), -(-new.shape[axis] // context)
+    first = jnp.minimum((cursor - shard + context - 1) // context, cache.shape[axis] - count)
+    number = (first + jnp.arange(count)) * context + shard - cursor  # among the new tokens
+    here = ((number >= 0) & (number < new.shape[axis])).reshape([-1 if a == axis else 1 for a in range(cache.ndim)])
+    picked = jnp.take(new, jnp.clip(number, 0, new.shape[axis] - 1), axis=axis)
+    old = jax.lax.dynamic_slice_in_dim(cache, first, count, axis)
+    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(here, picked, old), first, axis)
 
 
 def last_token(hidden: jax.Array, order: Order, rules: Rules) -> jax.Array:
