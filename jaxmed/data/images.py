@@ -56,6 +56,17 @@ def _resized_size(size: tuple[int, int], config: PixelConfig, name: str) -> tupl
     return resized
 
 
+def load_grey(path: str) -> np.ndarray:
+    """[H, W] uint8: an image file in grey, colours weighted as Pillow weights them."""
+    return np.asarray(_decoded(path).convert("L"))
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """(H, W) as the head of the file says."""
+    with _open(path) as image:
+        return image.size[1], image.size[0]
+
+
 def header_problem(path: str) -> str:
     """What the head of a file says against it, "" if nothing does. Its pixels are not decoded."""
     try:

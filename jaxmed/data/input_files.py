@@ -1,7 +1,6 @@
 """The heads of all image files of a records file, read by several threads before the first step, cached beside the records."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from jaxmed.data import cache
 from jaxmed.data.embeddings import Grid, Header, encoder_problem, header_problem, merged_grid
 from jaxmed.data.inputs import TOKEN_KINDS, check_header
 from jaxmed.data.sizes import PIECE, READERS, read_headers
+from jaxmed.data.volume_sources import stamp
 from jaxmed.errors import UserError
 
 # Raise it when check_header comes to refuse more.
-VERSION = "1"
+VERSION = "2"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def check_files(paths: Sequence[str], visual: VisualConfig, records_path: str) -
     if visual.kind in TOKEN_KINDS:
         return _check_tokens(paths, visual, records_path)
     paths = sorted(set(paths))
-    key = f"{VERSION} {visual.kind} {visual.volume if visual.kind == 'volumes' else ''}"
+    volumes = (visual.volume, visual.prepare.index, visual.prepare.series) if visual.kind == "volumes" else ""
+    key = f"{VERSION} {visual.kind} {volumes}"
     known = _unpack(cache.read(records_path, "files", key))
     pieces = [paths[start : start + PIECE] for start in range(0, len(paths), PIECE)]
     with ThreadPoolExecutor(READERS) as pool:
@@ -70,12 +71,9 @@ def expected_encoder(visual: VisualConfig, signatures: Iterable[str]) -> str:
 
 
 def _check(path: str, visual: VisualConfig, known: dict[str, tuple[int, int]]) -> tuple[tuple[int, int], str]:
-    """((size, time) of the file, what is wrong with it)"""
-    stamp = (0, 0)
-    if os.path.exists(path):
-        status = os.stat(path)
-        stamp = (status.st_size, status.st_mtime_ns)
-    return stamp, "" if known.get(path) == stamp else check_header(path, visual)
+    """((size, time) of the file or folder, what is wrong with it)"""
+    now = stamp(path)
+    return now, "" if known.get(path) == now else check_header(path, visual)
 
 
 def _unpack(stored: dict[str, np.ndarray]) -> dict[str, tuple[int, int]]:

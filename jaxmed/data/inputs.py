@@ -4,15 +4,19 @@
     embeddings   .npz, float or codes          [N, C] float32                            of the file, merged
     codes        .npz                          [N'] uint32, N' before merging            of the file, merged
     pixels       PNG, JPEG, ...                [H, W, 3] float32, normalised             the tower's, (1, rows, columns)
-    volumes      .npy, prepared                [D, H, W, 1] float32                      the tower's
+    volumes      .nii, .nii.gz, a folder with  [D, H, W, 1] float32                      the tower's
+                 a DICOM series or with PNG or
+                 JPEG slices; .npy, prepared
     slices       .nii, .nii.gz                 [S, H, W] float32 from 0 to 1             (S, 1, 1)
 
 N tokens of an image, C features, D, H, W depth, rows and columns, S slices. A source is a path, or an array as the file would
 give it. The first two kinds may differ in N from file to file; what a tower reads has `visual.tokens` tokens always.
 """
 
+import functools
 import math
 import os
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +24,10 @@ import numpy as np
 from jaxmed.config import DataConfig, VisualConfig
 from jaxmed.data import embeddings, images, slices
 from jaxmed.data.embeddings import Grid
+from jaxmed.data.prepare import Frame, Prepared
+from jaxmed.data.volume_cache import prepared
+from jaxmed.data.volume_sources import check as check_volume
+from jaxmed.data.volume_sources import kind_of
 from jaxmed.errors import UserError
 
 Source = str | os.PathLike | np.ndarray
@@ -48,9 +56,8 @@ def read_input(source: Source, visual: VisualConfig) -> VisualInput:
     if visual.kind == "pixels":
         return VisualInput(images.load_pixels(source, visual.pixels), visual.grid)
     if visual.kind == "volumes":
-        return VisualInput(
-            _read_volume(path, visual) if path else _checked_volume(source, "a volume array", visual), visual.grid
-        )
+        values = read_prepared(path, visual).values if path else _checked_volume(source, "a volume array", visual)
+        return VisualInput(values, visual.grid)
     return VisualInput(slices.load_slices(source, visual.slices, visual.pixels.side, visual.window), (visual.slices, 1, 1))
 
 
@@ -94,8 +101,10 @@ def check_header(path: str, visual: VisualConfig) -> str:
         if visual.kind in TOKEN_KINDS:
             problem = embeddings.header_problem(embeddings.read_header(path), visual)
             return f"{path}: {problem}" if problem else ""
-        if visual.kind == "volumes":
+        if visual.kind == "volumes" and kind_of(path) == "prepared":
             _volume_header(path, visual)
+        elif visual.kind == "volumes":
+            check_volume(path, visual.prepare)
     except UserError as error:
         return str(error)
     if visual.kind == "pixels":
@@ -103,13 +112,30 @@ def check_header(path: str, visual: VisualConfig) -> str:
     return slices.header_problem(path) if visual.kind == "slices" else ""
 
 
-# -- prepared volumes ------------------------------------------------------------------------------------------------------
+# -- volumes ---------------------------------------------------------------------------------------------------------------
+
+
+def read_prepared(path: str, visual: VisualConfig) -> Prepared:
+    """A volume of any form as the tower reads it, with its frame; from the cache where there is one. What should be said of
+    the file is said on stderr, once."""
+    if kind_of(path) == "prepared":
+        unknown = Frame(
+            "prepared", "", "", (0.0, 0.0, 0.0), visual.volume, tuple((0, n) for n in visual.volume), (0.0, 1.0), ""
+        )
+        return Prepared(_read_volume(path, visual), (), unknown)
+    found = prepared(path, visual)
+    for notice in found.notices:
+        _say_once(f"{path}: {notice}")
+    return found
+
+
+@functools.lru_cache(maxsize=100_000)
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _volume_header(path: str, visual: VisualConfig) -> tuple[tuple[int, ...], np.dtype, bool, int]:
     """Shape, dtype, whether the first axis runs fastest, and where the values begin."""
-    if path.endswith((".nii", ".nii.gz")):
-        raise UserError(f"{path}: is a NIfTI file; visual.kind volumes takes volumes prepared for the tower, .npy")
     try:
         with open(path, "rb") as file:
             shape, dtype, fortran, offset = embeddings.read_npy_header(file)

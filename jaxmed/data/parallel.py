@@ -21,17 +21,18 @@ def usable_cores() -> int:
 
 
 def over_items(
-    function: Callable[[Item], Result], items: Sequence[Item], processes: int, label: str, small: bool
+    function: Callable[[Item], Result], items: Sequence[Item], processes: int, label: str, small: bool, bar: bool = True
 ) -> Iterator[Result]:
     """Results in the order of the items. `processes` 0: one a core; `function` is a module's own or a partial of one.
 
-    `small`: items take milliseconds, so they travel in bundles. Closing the iterator drops what has not begun.
+    `small`: items take milliseconds, so they travel in bundles. `bar`: show the progress on stderr. Closing the iterator
+    drops what has not begun.
     Processes are spawned, not forked: the caller may have started JAX, whose threads do not survive a fork.
     """
     processes = min(processes or usable_cores(), -(-len(items) // WORTH_STARTING))
     bundle = max(1, min(32, len(items) // (processes * 4))) if small and processes else 1
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not items) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not items or not bar) as progress:
         task = progress.add_task(label, total=len(items))
         if processes <= 1:
             for item in items:

@@ -1,0 +1,251 @@
+"""What the slices of a DICOM folder say of themselves, without their pixels, and which series of the folder is meant."""
+
+import math
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels import get_decoder
+
+from jaxmed.errors import UserError
+
+TAGS = [
+    "SeriesInstanceUID",
+    "SeriesDescription",
+    "SeriesNumber",
+    "InstanceNumber",
+    "ImageType",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "BitsAllocated",
+    "BitsStored",
+    "PixelRepresentation",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SliceThickness",
+    "RescaleSlope",
+    "RescaleIntercept",
+]
+# What pydicom and its decoders raise for files that are damaged.
+DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
+DAMAGE += (NotImplementedError, MemoryError, struct.error)
+_DECODERS = {
+    "JPEG-LS": "pyjpegls",
+    "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
+    "JPEG": "pylibjpeg pylibjpeg-libjpeg",
+    "RLE": "pylibjpeg pylibjpeg-rle",
+}
+"""A word of a transfer syntax's name -> the packages of which one `pip install` makes pydicom decode it; the first that fits"""
+
+
+@dataclass(frozen=True)
+class Slice:
+    path: str
+    series: str
+    """SeriesInstanceUID"""
+    label: str
+    """The series in words"""
+    number: str
+    """SeriesNumber"""
+    instance: int
+    """InstanceNumber, for messages and ties alone"""
+    localizer: bool
+    shape: tuple[int, int]
+    """(rows, columns)"""
+    position: np.ndarray
+    """[3] millimetres to the left, back and head: the centre of the first pixel"""
+    along_columns: np.ndarray
+    """[3] unit vector in which the column number grows"""
+    along_rows: np.ndarray
+    """[3] unit vector in which the row number grows"""
+    spacing: tuple[float, float]
+    """Millimetres from row to row and from column to column"""
+    thickness: float
+    """Millimetres; 0: not said"""
+    slope: float
+    intercept: float
+    inverted: bool
+    """MONOCHROME1: small numbers are bright"""
+    bits: int
+    """Bits of a number that count"""
+    dtype: np.dtype
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.path)
+
+
+def series_slices(folder: str, series: str) -> tuple[list[Slice], list[str]]:
+    """The slices of the folder's one series, or of the one that `series` names, and what was left out, in words."""
+    try:
+        paths = sorted(entry.path for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); check the folder of the volumes") from None
+    heads = [head for head in map(_dataset, paths) if head is not None]
+    others = len(paths) - len(heads)
+    images = [head for head in heads if "Rows" in head]
+    if not images:
+        raise UserError(
+            f"{folder}: no DICOM image among its {len(paths)} files; give the folder that holds the slices themselves"
+        )
+    chosen = _chosen(folder, images, series)
+    slices = [_slice(head) for head in chosen]
+    notices = []
+    if others := others + len(heads) - len(images):
+        notices.append(f"{others} files that are no DICOM image are left out")
+    if scouts := [one for one in slices if one.localizer]:
+        slices = [one for one in slices if not one.localizer]
+        notices.append(f"{len(scouts)} localizer image(s) left out ({scouts[0].name})")
+    if not slices:
+        raise UserError(f"{folder}: the series holds localizer images alone; give the folder of the volume")
+    return slices, notices
+
+
+def pixels(one: Slice) -> np.ndarray:
+    """[rows, columns] whole numbers as stored; MONOCHROME1 is turned into MONOCHROME2 (bright is large)."""
+    try:
+        array = pydicom.dcmread(one.path, force=True).pixel_array
+    except DAMAGE as error:
+        raise UserError(f"{one.path}: its pixels cannot be read ({_brief(error)}); copy the file again") from None
+    if array.shape != one.shape:
+        raise UserError(f"{one.path}: its pixels have the shape {array.shape}, its header says {one.shape}; export it again")
+    if one.inverted:
+        top = -1 if array.dtype.kind == "i" else 2**one.bits - 1
+        array = (top - array.astype(np.int64)).astype(array.dtype)
+    return array
+
+
+def _dataset(path: str) -> Dataset | None:
+    """The head of a DICOM file; None if it is something else. Old files lack the four letters at byte 128."""
+    expected = path.lower().endswith((".dcm", ".dicom", ".ima"))
+    try:
+        try:
+            head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS)
+        except InvalidDicomError:
+            if not expected:
+                return None
+            head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
+        known = "SeriesInstanceUID" in head
+    except DAMAGE as error:
+        raise UserError(f"{path}: not a readable DICOM file ({_brief(error)}); copy it again") from None
+    if expected and not known and not getattr(head, "file_meta", None):
+        raise UserError(f"{path}: not a readable DICOM file; copy it again, or take it out of the folder")
+    return head if known else None
+
+
+def _chosen(folder: str, heads: Sequence[Dataset], series: str) -> list[Dataset]:
+    groups: dict[str, list[Dataset]] = {}
+    for head in heads:
+        groups.setdefault(str(head.SeriesInstanceUID), []).append(head)
+    if len(groups) == 1 and not series:
+        return list(heads)
+    names = {uid: {uid, _text(group[0], "SeriesNumber"), _text(group[0], "SeriesDescription")} for uid, group in groups.items()}
+    wanted = [uid for uid in groups if series and series in names[uid]]
+    if len(wanted) == 1:
+        return groups[wanted[0]]
+    listed = "; ".join(f"{_label(group[0])} with {len(group)} images, {uid}" for uid, group in groups.items())
+    if not series:
+        raise UserError(
+            f"{folder}: holds {len(groups)} series ({listed}); give each a folder of its own, or choose one by "
+            "visual.prepare.series"
+        )
+    what = "no series" if not wanted else f"{len(wanted)} series"
+    raise UserError(f"{folder}: {what} with the UID, number or description {series!r} (visual.prepare.series); holds {listed}")
+
+
+def _label(head: Dataset) -> str:
+    number, description = _text(head, "SeriesNumber"), _text(head, "SeriesDescription")
+    return f'"{description}"' + (f" (number {number})" if number else "") if description else f"number {number or '?'}"
+
+
+def _text(head: Dataset, name: str) -> str:
+    return str(head.get(name, "") or "").strip()
+
+
+def _slice(head: Dataset) -> Slice:
+    path = str(head.filename)
+    _check_syntax(path, head)
+    if int(_numbers(path, head, "NumberOfFrames", 1, 1.0)[0]) > 1:
+        raise UserError(f"{path}: a multi-frame DICOM file; convert it with dcm2niix and give the NIfTI file")
+    photometric = _text(head, "PhotometricInterpretation") or "MONOCHROME2"
+    if _numbers(path, head, "SamplesPerPixel", 1, 1.0)[0] != 1 or not photometric.startswith("MONOCHROME"):
+        raise UserError(f"{path}: {photometric} pixels; a CT slice holds one grey value a pixel")
+    rows, columns = (int(_numbers(path, head, name, 1)[0]) for name in ("Rows", "Columns"))
+    bits, stored, signed = (
+        int(_numbers(path, head, name, 1, default)[0])
+        for name, default in (("BitsAllocated", 16.0), ("BitsStored", 16.0), ("PixelRepresentation", 0.0))
+    )
+    if bits not in (8, 16, 32):
+        raise UserError(f"{path}: {bits} bits a pixel; 8, 16 or 32 are read")
+    directions = np.array(_numbers(path, head, "ImageOrientationPatient", 6)).reshape(2, 3)
+    lengths = np.linalg.norm(directions, axis=1)
+    if not (np.abs(lengths - 1) < 0.01).all() or abs(directions[0] @ directions[1]) > 0.01:
+        raise UserError(f"{path}: ImageOrientationPatient {directions.ravel().tolist()} are no two directions at right angles")
+    spacing = _numbers(path, head, "PixelSpacing", 2)
+    if min(spacing) <= 0:
+        raise UserError(f"{path}: PixelSpacing {spacing}; it must be above 0")
+    slope = _numbers(path, head, "RescaleSlope", 1, 1.0)[0]
+    if slope == 0:
+        raise UserError(f"{path}: RescaleSlope is 0, which would make every pixel equal; export it again")
+    return Slice(
+        path,
+        str(head.SeriesInstanceUID),
+        _label(head),
+        _text(head, "SeriesNumber"),
+        int(_numbers(path, head, "InstanceNumber", 1, 0.0)[0]),
+        "LOCALIZER" in [str(part).upper() for part in head.get("ImageType", None) or ()],
+        (rows, columns),
+        np.array(_numbers(path, head, "ImagePositionPatient", 3)),
+        directions[0] / lengths[0],
+        directions[1] / lengths[1],
+        (spacing[0], spacing[1]),
+        _numbers(path, head, "SliceThickness", 1, 0.0)[0],
+        slope,
+        _numbers(path, head, "RescaleIntercept", 1, 0.0)[0],
+        photometric == "MONOCHROME1",
+        stored,
+        np.dtype(f"{'i' if signed else 'u'}{bits // 8}"),
+    )
+
+
+def _check_syntax(path: str, head: Dataset) -> None:
+    """A compressed file whose decoder is not installed is refused with the name of the package."""
+    syntax = getattr(getattr(head, "file_meta", None), "TransferSyntaxUID", None)
+    if syntax is None or not syntax.is_transfer_syntax or not syntax.is_encapsulated:
+        return
+    try:
+        available = get_decoder(syntax).is_available
+    except NotImplementedError:
+        raise UserError(f"{path}: compressed as {syntax.name}, which nothing decodes; convert it with dcm2niix") from None
+    if not available:
+        package = next((package for word, package in _DECODERS.items() if word in syntax.name), "python-gdcm")
+        raise UserError(f"{path}: compressed as {syntax.name}; pip install {package} lets pydicom decode it")
+
+
+def _numbers(path: str, head: Dataset, name: str, count: int, default: float | None = None) -> list[float]:
+    """The finite numbers of an element; `default` where the file has none."""
+    try:
+        value = head.get(name, None)
+        if value is None or value == "":
+            if default is None:
+                raise UserError(f"{path}: has no {name}; a slice without it has no place in a volume, export it again")
+            return [default] * count
+        found = [float(v) for v in (value if count > 1 else [value])]
+    except (ValueError, TypeError, OverflowError):
+        raise UserError(f"{path}: {name} cannot be read; export it again") from None
+    if len(found) != count or not all(map(math.isfinite, found)):
+        raise UserError(f"{path}: {name} is {found}; {count} finite number(s) are needed")
+    return found
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
