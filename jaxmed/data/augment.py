@@ -4,8 +4,8 @@ In order: a turn by 90, 180 or 270 degrees in the (H, W) plane; mirrored along D
 shifted by u. `intensity` makes the last two alone: turned or mirrored, a volume contradicts a report that names sides. Values
 may leave [0, 1], as upstream's do.
 
-The draws of a volume are a function of (seed, epoch, sample, image): they differ from epoch to epoch and repeat with the same
-numbers, whatever the processes, threads and the place in a batch.
+The draws of a volume are a function of (seed, epoch, sample, repeat, image): they differ from epoch to epoch and repeat with
+the same numbers, whatever the processes, threads and the place in a batch. In evaluation (epoch -1) nothing is changed.
 """
 
 from typing import Literal
@@ -18,13 +18,16 @@ TURN, MIRROR, SCALE, SHIFT = 0.5, 0.1, 0.5, 0.5
 REACH = 0.1
 """Scale and shift are drawn from -REACH to REACH"""
 DRAWS = 9
+_WORD = 61
+"""First word of the key, so that what else is drawn for a sample is drawn apart"""
 
 
-def augment(values: np.ndarray, kind: Augment, seed: int, epoch: int, sample: int, image: int) -> np.ndarray:
-    """A changed copy, or `values` itself where nothing changes. `sample`: its number in the data set."""
-    if kind == "none":
+def augment(values: np.ndarray, kind: Augment, seed: int, key: tuple[int, int, int], image: int = 0) -> np.ndarray:
+    """A changed copy, or `values` itself where nothing changes. `key`: (epoch, sample, repeat) as GlobalBatch.key gives it;
+    `image`: which of the sample's."""
+    if kind == "none" or key[0] < 0:
         return values
-    turn, quarter, *mirrors, scale, by, shift, up = _uniform(seed, epoch, sample, image)
+    turn, quarter, *mirrors, scale, by, shift, up = _uniform(_WORD, seed, *key, image)
     changed = values
     if kind == "m3d":
         if turn < TURN:

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmed.config import Experiment
+from jaxmed.data.augment import augment
 from jaxmed.data.conversation import reading_of
 from jaxmed.data.input_files import check_files
 from jaxmed.data.inputs import input_folder, input_path, read_input
@@ -105,8 +106,9 @@ class PairSet:
         return arrays, problems
 
     def volume(self, path: str, key: tuple[int, int, int]) -> np.ndarray:
-        """[D, H, W, 1] float32; UserError names the file."""
-        return read_input(path, self.experiment.visual).values
+        """[D, H, W, 1] float32, changed at random in training as `visual.prepare.augment` says; UserError names the file."""
+        visual = self.experiment.visual
+        return augment(read_input(path, visual).values, visual.prepare.augment, self.experiment.train.seed, key)
 
 
 def scan_pairs(experiment: Experiment, tokenizer: Tokenizer, records_path: str) -> PairSet:

@@ -6,12 +6,14 @@ over images: place j of the row's image i is i * S + j, where S is what an image
 the same sample.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxmed.config import Experiment
+from jaxmed.data.augment import augment
 from jaxmed.data.conversation import Example, encode_training, text_options
 from jaxmed.data.dataset import Dataset, Sample, images_per_row
 from jaxmed.data.inputs import VisualInput, image_array_shape, read_input, token_count
@@ -34,9 +36,10 @@ class Loaded:
     """Tokens of each image before the projector"""
 
 
-def load_sample(dataset: Dataset, sample: Sample) -> Loaded:
-    """Reads the sample's files; UserError names the file."""
+def load_sample(dataset: Dataset, sample: Sample, key: tuple[int, int, int]) -> Loaded:
+    """Reads the sample's files; UserError names the file. `key`: of what is drawn for it, see GlobalBatch.key."""
     experiment = dataset.experiment
+    kind = experiment.visual.prepare.augment if experiment.visual.kind == "volumes" else "none"
     example = encode_training(sample.record, dataset.tokenizer, experiment.data.template, text_options(experiment))
     images = []
     for path, tokens in zip(sample.paths, sample.tokens, strict=True):
@@ -44,7 +47,8 @@ def load_sample(dataset: Dataset, sample: Sample) -> Loaded:
         found = token_count(image.grid, experiment.visual)
         if found != tokens:
             raise UserError(f"{path}: had {tokens} tokens when it was checked and has {found} now; start the run again")
-        images.append(image)
+        changed = augment(image.values, kind, experiment.train.seed, key, len(images))
+        images.append(dataclasses.replace(image, values=changed))
     return Loaded(example, tuple(images), sample.tokens)
 
 
@@ -133,7 +137,7 @@ def build_rows(dataset: Dataset, batch: GlobalBatch, rows: Sequence[int]) -> tup
         for segment, index in enumerate(batch.rows[row_number], 1 + offsets[row_number]):
             sample = dataset.samples[index]
             try:
-                loaded = load_sample(dataset, sample)
+                loaded = load_sample(dataset, sample, batch.key(segment - 1))
             except UserError as error:
                 problem = Problem(where(sample.record), str(error))
                 if experiment.data.on_bad_record == "stop":
