@@ -52,8 +52,9 @@ class Rules:
     def summed_once(self, x: jax.Array, axis: str, *axes: str | None) -> jax.Array:
         """x, laid out by `axes`, for several products whose outputs are split along `axis`: their gradients of x are added up
         before they are summed over that axis's shards, not one by one."""
-        over = getattr(self, axis)
-        return jax.sharding.reshard(x, self.spec(*axes).update(reduced=set(over))) if over else x
+        sizes = jax.sharding.get_abstract_mesh().shape
+        over = {a for a in getattr(self, axis) if sizes[a] > 1}
+        return jax.sharding.reshard(x, self.spec(*axes).update(reduced=over)) if over else x
 
     def sharding(self, mesh: Mesh, *axes: str | None) -> NamedSharding:
         return NamedSharding(mesh, self.spec(*axes))
@@ -79,6 +80,9 @@ def rules_for(experiment: Experiment, mesh_shape: dict[str, int]) -> Rules:
     """The rules for a model on a mesh: kv heads are replicated where `tensor` is a multiple of their number, and a tower's
     parameters where its width does not divide over fsdp."""
     kv_heads, tensor = experiment.model.decoder.kv_heads, mesh_shape["tensor"]
+    if experiment.task == "contrastive":
+        widths = (experiment.model.tower.width, experiment.contrastive.text.width)
+        return Rules(tower=tower_axis(widths, mesh_shape["fsdp"]))
     rules = Rules(tower=tower_axis((experiment.model.tower.width,), mesh_shape["fsdp"]))
     if kv_heads % tensor and tensor % kv_heads == 0:
         return dataclasses.replace(rules, kv_heads=())
@@ -96,6 +100,8 @@ def mesh_notices(experiment: Experiment, mesh_shape: dict[str, int]) -> list[str
         )
     if experiment.has_tower and mesh_shape["fsdp"] > 1 and not rules.tower:
         notices.append(f"the tower is {width} wide, which mesh.fsdp = {mesh_shape['fsdp']} does not divide: it is replicated")
+    if experiment.task == "contrastive" and mesh_shape["context"] * mesh_shape["tensor"] > 1:
+        notices.append("mesh.context and mesh.tensor split nothing of a contrastive model; use mesh.data and mesh.fsdp")
     return notices
 
 
@@ -120,6 +126,8 @@ def check_divisible(experiment: Experiment, mesh_shape: dict[str, int]) -> None:
     decoder, data = experiment.model.decoder, experiment.data
     fsdp, tensor, context = (mesh_shape[a] for a in ("fsdp", "tensor", "context"))
     rows = mesh_shape["data"] * fsdp
+    per_microbatch = data.batch // data.microbatches
+    by_rows = ("data.batch / data.microbatches", per_microbatch, "mesh.data x fsdp", rows, per_microbatch % rows == 0)
     kv_ok = decoder.kv_heads % tensor == 0 or tensor % decoder.kv_heads == 0
     checks = [
         ("model.decoder.width", decoder.width, "mesh.fsdp", fsdp, decoder.width % fsdp == 0),
@@ -127,14 +135,13 @@ def check_divisible(experiment: Experiment, mesh_shape: dict[str, int]) -> None:
         ("model.decoder.kv_heads", decoder.kv_heads, "mesh.tensor", tensor, kv_ok),
         ("model.decoder.mlp", decoder.mlp, "mesh.tensor", tensor, decoder.mlp % tensor == 0),
     ]
-    per_microbatch = data.batch // data.microbatches
-    checks.append(("data.batch / data.microbatches", per_microbatch, "mesh.data x fsdp", rows, per_microbatch % rows == 0))
-    if experiment.lora.rank:
+    checks = [by_rows] if experiment.task == "contrastive" else [*checks, by_rows]
+    if experiment.lora.rank and experiment.task == "tokens":
         whole = fsdp * tensor
         ends = {"width": decoder.width, "mlp": decoder.mlp, "heads x head_dim": decoder.heads * decoder.head_dim}
         ends["kv_heads x head_dim"] = decoder.kv_heads * decoder.head_dim
         checks += [(f"model.decoder.{n} (LoRA)", v, "mesh.fsdp x tensor", whole, v % whole == 0) for n, v in ends.items()]
-    if context > 1:
+    if context > 1 and experiment.task == "tokens":
         pieces = 2 * context
         checks += [(f"data.buckets entry {b}", b, "2 x mesh.context", pieces, b % pieces == 0) for b in data.buckets]
     bad = [f"  {name} is {value}, not a multiple of {axis} = {size}" for name, value, axis, size, ok in checks if not ok]
@@ -173,6 +180,11 @@ def split_rows(spec: PartitionSpec, ndim: int) -> PartitionSpec:
     """The spec of [B, ...] reshaped to [B / n, n, ...]: rows stay on their devices."""
     tail = [*spec, *[None] * (ndim - len(spec))]
     return PartitionSpec(tail[0], None, *tail[1:])
+
+
+def join_rows(spec: PartitionSpec, ndim: int) -> PartitionSpec:
+    """The spec of [n, B / n, ...] brought back to [B, ...], rows in the order that `split_rows` took them from."""
+    return PartitionSpec(*[*spec, *[None] * (ndim - len(spec))][1:])
 
 
 def replicated(mesh: Mesh, ndim: int = 0) -> NamedSharding:

@@ -318,7 +318,7 @@ class Model:
                 return _loss_of(total / count, count, right)
             metrics, grads = self._value_and_grad(trainable, frozen, placed, jax.random.key(0))
             named = export_names(grads, self.experiment)
-        return Result(_loss_of(metrics.loss, metrics.supervised_tokens, metrics.right), gradients=named)
+        return Result(_loss_of(metrics.loss, metrics.count, metrics.right), gradients=named)
 
     @functools.cached_property
     def _objective(self) -> TokenCrossEntropy:

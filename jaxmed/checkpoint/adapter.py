@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.decoder_tables import EMBED
-from jaxmed.checkpoint.folder_kinds import detect
+from jaxmed.checkpoint.folder_kinds import WHOLE, detect, detect_base, is_own
 from jaxmed.checkpoint.hf_io import TensorFolder, open_folder
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.projector_tables import PROJECTOR
@@ -86,9 +86,21 @@ def runs_of(experiment: Experiment) -> list[str]:
     return [folder for folder in chain(experiment.model.adapter) if detect(folder) == "run"]
 
 
+def tower_run(experiment: Experiment) -> str:
+    """The folder of ours that the image tower comes from: a run of contrastive pretraining, a tower alone; "" for none."""
+    model = experiment.model
+    if not experiment.has_tower or model.tower_source == "random" or not is_own(model.tower_folder):
+        return ""
+    # a whole vision-language model holds a tower of its own
+    own = model.tower_source == "checkpoint" and model.base and detect_base(model.base) in WHOLE
+    return "" if own else model.tower_folder
+
+
 def held_by_runs(experiment: Experiment) -> set[str]:
     """Paths, as texts, of the parameters that come from a run: no folder need hold them, nothing need draw them."""
-    return {name for run in runs_of(experiment) for name in _shapes(run)}
+    held = {name for run in runs_of(experiment) for name in _shapes(run)}
+    run = tower_run(experiment)
+    return held | ({name for name in _shapes(run) if name.startswith("tower/")} if run else set())
 
 
 def overlay_runs(experiment: Experiment, values: dict[Path, Any], complete: bool) -> dict[Path, Any]:
@@ -101,6 +113,8 @@ def overlay_runs(experiment: Experiment, values: dict[Path, Any], complete: bool
         if complete:
             _check_places(run, values)
         found |= _from_run(run, {path: value for path, value in values.items() if path not in found})
+    if run := tower_run(experiment):
+        found |= _from_run(run, {path: value for path, value in values.items() if path[0] == "tower" and path not in found})
     return values | found
 
 

@@ -16,11 +16,12 @@ from jaxmed.checkpoint.tower_tables import TOWER_PREFIX
 from jaxmed.errors import UserError
 
 FolderKind = Literal[
-    "run", "hf", "llava", "llava_hf", "llava_lora", "lamed", "samf", "peft", "mm_projector", "m3d_clip", "tower"
+    "run", "part", "hf", "llava", "llava_hf", "llava_lora", "lamed", "samf", "peft", "mm_projector", "m3d_clip", "tower"
 ]
 
 KINDS: dict[FolderKind, str] = {
     "run": "a run of jaxmed (config.json and checkpoints/)",
+    "part": "a tower or a projector in jaxmed's own form (config.json with `part`, and checkpoints/)",
     "hf": "a Hugging Face language model (config.json with a model_type, and its weights)",
     "llava": "a whole LLaVA or TinyLLaVA model (config.json with mm_* fields, its weights with the projector's)",
     "llava_hf": "a LlavaForConditionalGeneration of transformers (config.json with text_config and vision_config)",
@@ -51,6 +52,8 @@ def detect(path: str) -> FolderKind:
         if "checkpoints" in present:
             return "run"
         raise UserError(f"{path}: is a run that has saved no checkpoint yet; go on with it by `jaxmed train ... --out {path}`")
+    if {"part", "visual"} <= set(config) and "checkpoints" in present:
+        return "part"
     if "adapter_config.json" in present:
         return "llava_lora" if any(key.startswith("mm_") for key in config) else "peft"
     nested = sorted(name for name in present if name.startswith("checkpoint-"))
@@ -64,6 +67,16 @@ def detect(path: str) -> FolderKind:
     if "preprocessor_config.json" in present or config.get("model_type"):
         raise UserError(f"{path}: holds settings and no weights; download the rest of the folder")
     raise UserError(f"{path}: is none of {'; '.join(KINDS.values())}")
+
+
+def is_run(path: str) -> bool:
+    """Whether a folder is a run of jaxmed that has saved a checkpoint; "" is none."""
+    return bool(path) and detect(path) == "run"
+
+
+def is_own(path: str) -> bool:
+    """Whether a folder holds a checkpoint of jaxmed's: a run, or a part of a model; "" is none."""
+    return bool(path) and detect(path) in ("run", "part")
 
 
 def detect_base(path: str) -> FolderKind | Literal[""]:

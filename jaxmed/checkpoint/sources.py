@@ -5,13 +5,16 @@ of `model.adapter`. Which parameters they fill is told part by part from their t
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from jaxmed.checkpoint.adapter import held_by_runs, upstream_folder
+from jaxmed.checkpoint.folder_kinds import is_own
 from jaxmed.checkpoint.hf_io import TensorFolder, base_fingerprint, open_folder
 from jaxmed.checkpoint.hf_tables import Row, experiment_rows
+from jaxmed.checkpoint.manager import FOLDER, newest, read_meta
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.tower_tables import surplus_reason
 from jaxmed.config import Experiment, ModelConfig
@@ -50,7 +53,7 @@ def weight_sources(experiment: Experiment) -> WeightSources:
     model = experiment.model
     rows = experiment_rows(experiment)
     folders = [open_folder(model.base)] if model.base else []
-    if model.tower_folder and experiment.has_tower:
+    if model.tower_folder and experiment.has_tower and not is_own(model.tower_folder):
         tower = replace(open_folder(model.tower_folder), role="tower")
         folders = [*folders, tower] if model.tower_source == "folder" else [tower, *folders]
     adapter = upstream_folder(experiment)
@@ -85,4 +88,10 @@ def weights_identity(model: ModelConfig) -> str:
     base = base_fingerprint(model.base) if model.base else ""
     if not model.tower_folder:
         return base
-    return hashlib.sha256(f"{base} {base_fingerprint(model.tower_folder)}".encode()).hexdigest()
+    tower = run_fingerprint(model.tower_folder) if is_own(model.tower_folder) else base_fingerprint(model.tower_folder)
+    return hashlib.sha256(f"{base} {tower}".encode()).hexdigest()
+
+
+def run_fingerprint(run: str) -> str:
+    """The same of a run: its config, data and step decide its weights."""
+    return json.dumps(read_meta(os.path.join(run, FOLDER), newest(run)), sort_keys=True)

@@ -11,12 +11,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxmed.checkpoint.adapter import run_experiment
-from jaxmed.checkpoint.folder_kinds import WHOLE, detect, detect_base
+from jaxmed.checkpoint.folder_kinds import WHOLE, detect, detect_base, is_own, is_run
 from jaxmed.checkpoint.folders import llava_experiment, lora_config
 from jaxmed.checkpoint.hf_config import decoder_of, read_config
 from jaxmed.checkpoint.hf_io import read_json
 from jaxmed.checkpoint.manager import FOLDER, newest, read_meta
 from jaxmed.checkpoint.multimodal_folders import resolve_folder
+from jaxmed.cli.validate_pairs import check_pairs, encoders_of, with_pretrained_tower
 from jaxmed.config import DataConfig, DecoderConfig, Experiment
 from jaxmed.data.inputs import TOKEN_KINDS
 from jaxmed.errors import UserError
@@ -25,7 +26,8 @@ SHAPES = ("lora.rank", "lora.targets", "visual.features", "visual.norm", "visual
 SHAPES += ("model.projector.kind", "model.projector.bypass_pool", "model.projector.pool_queries", "model.projector.pool_heads")
 SHAPES += tuple(f"model.tower.{name}" for name in ("kind", "image", "patch", "channels", "width", "layers", "mlp"))
 SHAPES += ("model.aggregator.layers", "model.aggregator.mlp", "model.aggregator.features")
-SHAPES += ("model.fusion.kind", "model.fusion.width", "visual.kind", "visual.grid", "visual.volume")
+SHAPES += ("model.fusion.kind", "model.fusion.width", "visual.kind", "visual.grid", "visual.volume", "contrastive.features")
+SHAPES += tuple(f"contrastive.text.{name}" for name in ("vocab", "width", "layers", "mlp", "positions", "types"))
 """Fields that the shapes of weights decide"""
 TEXTS = ("template", "max_length", "pad_id", "splice", "missing_image_token")
 """Fields of the data config that say how a model's texts are laid out"""
@@ -44,8 +46,13 @@ def given_flags(argv: list[str]) -> frozenset[str]:
 def resolve(experiment: Experiment, given: Iterable[str]) -> tuple[Experiment, list[str]]:
     """-> the experiment as it will run, and what the person should know of how it came about. `given`: see `given_flags`."""
     given, before = frozenset(given), experiment
+    if experiment.task == "contrastive":
+        return _contrastive(experiment, given)
     assumed: list[str] = []
-    if experiment.model.base and not _is_run(experiment.model.adapter) and detect_base(experiment.model.base) in WHOLE:
+    if experiment.has_tower and is_own(experiment.model.tower_folder):
+        found = with_pretrained_tower(experiment)
+        experiment = _keep_given(before, found, given, experiment.model.tower_folder)
+    if experiment.model.base and not is_run(experiment.model.adapter) and detect_base(experiment.model.base) in WHOLE:
         found = _grafted(experiment, *_whole(experiment, given, assumed))
         experiment = _keep_given(before, found, given, experiment.model.base)
     if experiment.model.adapter:
@@ -59,8 +66,16 @@ def resolve(experiment: Experiment, given: Iterable[str]) -> tuple[Experiment, l
     return experiment, notices
 
 
-def _is_run(folder: str) -> bool:
-    return bool(folder) and detect(folder) == "run"
+def _contrastive(experiment: Experiment, given: frozenset[str]) -> tuple[Experiment, list[str]]:
+    """Contrastive pretraining: no decoder, two encoders."""
+    model = experiment.model
+    folders = (model.adapter, model.tower_folder, experiment.contrastive.text_folder, model.base)
+    _check_places(experiment)
+    found = _keep_given(experiment, encoders_of(experiment, given), given, next(filter(None, folders), ""))
+    check_pairs(found)
+    old, new = _flat(dataclasses.asdict(experiment)), _flat(dataclasses.asdict(found))
+    sizes = [name for name in new if old[name] != new[name] and name != "model.tokenizer"]
+    return found, [f"{name} {new[name]} from the folder (the config says {old[name]!r})" for name in sizes]
 
 
 def _whole(experiment: Experiment, given: frozenset[str], assumed: list[str]) -> tuple[Experiment, str]:
@@ -197,7 +212,7 @@ def _replace(config: Any, path: list[str], value: Any) -> Any:
 
 def _check_sources(experiment: Experiment) -> None:
     """Presence of what a run reads; the contents are the readers' to check."""
-    model, data = experiment.model, experiment.data
+    model = experiment.model
     if not model.base and not model.adapter and experiment.train.trainable != "all":
         raise UserError(
             f"no --model.base: train.trainable {experiment.train.trainable} needs the folder of a language model "
@@ -214,6 +229,12 @@ def _check_sources(experiment: Experiment) -> None:
         )
     if not model.tokenizer and not model.base:
         raise UserError("no tokenizer: give --model.tokenizer, a folder with tokenizer.json or tokenizer.model")
+    _check_places(experiment)
+
+
+def _check_places(experiment: Experiment) -> None:
+    """Files and folders that the config names are there."""
+    model, data = experiment.model, experiment.data
     if not data.records:
         raise UserError("no records: give --data.records, a LLaVA-style JSON of conversations")
     for name, path in (("records", data.records), ("eval-records", data.eval_records)):
@@ -221,6 +242,7 @@ def _check_sources(experiment: Experiment) -> None:
             raise UserError(f"--data.{name} {path}: no such file")
     folders = {f"data.{name}": getattr(data, name) for name in ("embeddings", "images", "volumes")}
     folders |= {f"model.{name}": getattr(model, name) for name in ("base", "tower_folder", "tokenizer")}
+    folders |= {"contrastive.text_folder": experiment.contrastive.text_folder}
     for name, path in folders.items():
         if path and not os.path.isdir(path):
             raise UserError(f"--{name.replace('_', '-')} {path}: no such folder")

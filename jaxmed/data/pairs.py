@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from jaxmed.config import Experiment
+from jaxmed.config import DataConfig, Experiment
 from jaxmed.data.augment import augment
 from jaxmed.data.conversation import reading_of
 from jaxmed.data.input_files import check_files
@@ -64,7 +64,7 @@ class PairSet:
         return tuple(pair.size for pair in self.samples)
 
     @property
-    def _data(self):
+    def _data(self) -> DataConfig:
         """Texts are all of one length, that of the longest that may be."""
         return dataclasses.replace(self.experiment.data, buckets=(self.experiment.data.max_length,))
 

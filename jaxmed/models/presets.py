@@ -4,6 +4,10 @@ import dataclasses
 
 from jaxmed.config import DecoderConfig, RopeConfig
 
+NO_DECODER = DecoderConfig(
+    vocab=1, width=2, layers=1, heads=1, kv_heads=1, head_dim=2, mlp=1, norm_eps=1e-5, rope=RopeConfig(10000.0), max_positions=1
+)
+"""Stands where a config must name a decoder and its task has none (contrastive pretraining)"""
 _LLAMA3_ROPE = RopeConfig(theta=500000.0, scaling="llama3", factor=8.0)
 
 LLAMA3_1_8B = DecoderConfig(

@@ -3,19 +3,23 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxmed.data.dataset import Dataset
+from jaxmed.data.pairs import PairSet
 from jaxmed.data.plan import GlobalBatch
 from jaxmed.train.step import Metrics
-from jaxmed.types import Batch
+from jaxmed.types import Batch, PairBatch
 
 NAMED = 8
 """Samples whose ids are printed"""
 
 
-def explain_poison(step: int, loss: float, metrics: Metrics, plan: GlobalBatch, batch: Batch, dataset: Dataset) -> str:
+def explain_poison(
+    step: int, loss: float, metrics: Metrics, plan: GlobalBatch, batch: Batch | PairBatch, dataset: Dataset | PairSet
+) -> str:
     """One line about a step whose loss or gradients are NaN or infinite. All processes call it together."""
     sound = np.isfinite(whole(metrics.row_loss))
     rows = [row for row, fine in enumerate(sound) if not fine and plan.rows[row]]
@@ -36,14 +40,14 @@ def explain_poison(step: int, loss: float, metrics: Metrics, plan: GlobalBatch, 
     return f"step {step}: the loss is not finite for {names}; {cause}. Stopped; {kept}"
 
 
-def _rows_with_bad_input(batch: Batch) -> set[int]:
-    if not np.issubdtype(batch.images.dtype, np.floating):
+def _rows_with_bad_input(batch: Batch | PairBatch) -> set[int]:
+    if not jnp.issubdtype(batch.images.dtype, jnp.floating):
         return set()
     images = whole(batch.images)
     return {row for row, values in enumerate(images) if not np.isfinite(values).all()}
 
 
-def _names(samples: list[int], dataset: Dataset) -> str:
+def _names(samples: list[int], dataset: Dataset | PairSet) -> str:
     ids = [repr(dataset.samples[i].record.id) for i in samples]
     more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
     return ", ".join(ids[:NAMED]) + more

@@ -56,3 +56,17 @@ def step_flops(experiment: Experiment, trained: int, frozen: int, lengths: list[
     attention = 3.5 * 2.0 * decoder.layers * decoder.heads * decoder.head_dim * sum(n * n for n in lengths)
     head = 4.0 * supervised * decoder.vocab * decoder.width
     return matrices + attention + head
+
+
+def pair_flops(experiment: Experiment) -> float:
+    """Of a volume and its report in contrastive pretraining: every matrix is trained, attention goes over all of the tokens."""
+    tower, text, contrast = experiment.model.tower, experiment.contrastive.text, experiment.contrastive
+    patches = math.prod(tower.grid)
+
+    def encoder(tokens: int, width: int, mlp: int, layers: int) -> float:
+        matrices = layers * (4 * width * width + 2 * width * mlp) + width * contrast.features
+        return 6.0 * tokens * matrices + 3.5 * 4.0 * layers * width * tokens * tokens
+
+    image = encoder(patches + tower.class_token, tower.width, tower.mlp, tower.blocks)
+    image += 6.0 * patches * tower.patch_features * tower.width
+    return image + encoder(experiment.data.max_length, text.width, text.mlp, text.layers)

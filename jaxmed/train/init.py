@@ -15,9 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmed.checkpoint.adapter import held_by_runs, overlay_runs, text
+from jaxmed.checkpoint.encoder_sources import read_encoders
 from jaxmed.checkpoint.load import read_params
 from jaxmed.checkpoint.sources import weight_sources
 from jaxmed.config import Experiment
+from jaxmed.models.contrastive import Contrastive
 from jaxmed.models.vlm import Vlm
 from jaxmed.sharding import Rules, check_divisible, like, replicated, rules_for, state_specs, to_shardings
 from jaxmed.train.optim import Path, make_optimizer
@@ -78,14 +80,21 @@ def materialise(experiment: Experiment, leaves: Leaves, complete: bool) -> Leave
     """Arrays for a model's parameters, or for some of them (`complete` False)."""
     held = held_by_runs(experiment)
     in_runs = {path: leaf for path, leaf in leaves.items() if text(path) in held}
-    read: Leaves = {}
-    sources = weight_sources(experiment)
-    if sources.folders:
-        wanted = {path: leaf for path, leaf in leaves.items() if sources.covers(path) and path not in in_runs}
-        read = flatten(read_params(sources.rows, sources.folders, unflatten(wanted), True, sources.surplus))
+    read = _from_folders(experiment, {path: leaf for path, leaf in leaves.items() if path not in in_runs})
     fresh = initialised(experiment, {path: leaf for path, leaf in leaves.items() if path not in read and path not in in_runs})
     values = read | fresh | in_runs
     return overlay_runs(experiment, {path: values[path] for path in leaves}, complete)
+
+
+def _from_folders(experiment: Experiment, leaves: Leaves) -> Leaves:
+    """Those of `leaves` that folders hold."""
+    if experiment.task == "contrastive":
+        return read_encoders(experiment, leaves)
+    sources = weight_sources(experiment)
+    wanted = {path: leaf for path, leaf in leaves.items() if sources.covers(path)}
+    if not sources.folders:
+        return {}
+    return flatten(read_params(sources.rows, sources.folders, unflatten(wanted), True, sources.surplus))
 
 
 def initialised(experiment: Experiment, leaves: Leaves) -> Leaves:
@@ -101,8 +110,11 @@ def initialised(experiment: Experiment, leaves: Leaves) -> Leaves:
     return dict(zip(leaves, arrays, strict=True))
 
 
-def _model(experiment: Experiment) -> Vlm:
-    return Vlm(experiment, jax.random.key(experiment.train.seed), split=False)
+def _model(experiment: Experiment) -> nnx.Module:
+    key, contrast = jax.random.key(experiment.train.seed), experiment.contrastive
+    if experiment.task == "contrastive":
+        return Contrastive(experiment.model.tower, contrast.text, contrast.features, key)
+    return Vlm(experiment, key, split=False)
 
 
 def abstract_state(plan: Blueprint) -> TrainState:

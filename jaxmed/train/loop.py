@@ -25,16 +25,17 @@ from jaxmed.errors import Preempted, UserError
 from jaxmed.preemption import Preemption, listening
 from jaxmed.sharding import make_mesh, mesh_notices
 from jaxmed.train.diagnose import explain_poison
-from jaxmed.train.flops import peak_flops, step_flops, weight_counts
+from jaxmed.train.flops import peak_flops
 from jaxmed.train.folder import Skipped, open_run
 from jaxmed.train.hosts import check_hosts
-from jaxmed.train.init import Blueprint, abstract_state, blueprint, first_state, flatten, frozen_half, start
+from jaxmed.train.init import Blueprint, abstract_state, blueprint, first_state, frozen_half, start
 from jaxmed.train.optim import make_optimizer, schedule
 from jaxmed.train.sources import Sources, open_data
 from jaxmed.train.statistics import token_statistics
-from jaxmed.train.step import Metrics, TokenCrossEntropy, make_eval_step, make_step
+from jaxmed.train.step import Metrics, make_eval_step, make_step
+from jaxmed.train.tasks import Evaluated, task_of
 from jaxmed.train.writer import Silent, Writer
-from jaxmed.types import Batch, TrainState
+from jaxmed.types import Batch, PairBatch, TrainState
 
 UNBEGUN = "asked to end before a step was made; the same command goes on"
 
@@ -146,7 +147,7 @@ class Done:
     step: int
     metrics: Metrics
     plan: GlobalBatch
-    batch: Batch
+    batch: Batch | PairBatch
     data_wait: float
 
 
@@ -168,13 +169,12 @@ class Run:
         self.checkpoints, self.preemption, self.out = checkpoints, preemption, out
         self.total, self.begin = total, begin
         optimizer = make_optimizer(self.experiment.optim, total, model.trainable)
-        objective = TokenCrossEntropy(model.graphdef, model.rules, model.experiment)
-        self.step = make_step(objective, model.experiment, optimizer)
-        self.eval_step = make_eval_step(objective)
+        self.task = task_of(model)
+        self.step = make_step(self.task.objective, model.experiment, optimizer)
+        self.eval_step = make_eval_step(self.task.objective)
         optim = self.experiment.optim
         # all rates at once: asking the device for one would wait for the step that it is busy with
         self.rates = np.asarray(schedule(optim, optim.learning_rate, total)(np.arange(total)))
-        self.counts = weight_counts(flatten(model.trainable), flatten(model.frozen))
         self.peak = peak_flops(jax.devices()[0]) * model.mesh.size
         self.meta = {
             "config": to_dict(self.experiment),
@@ -246,9 +246,8 @@ class Run:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(explain_poison(done.step, loss, done.metrics, done.plan, done.batch, self.sources.train))
         self.loss = loss
-        lengths = [self.sources.train.samples[i].size.length for i in done.plan.samples]
-        supervised = int(done.metrics.supervised_tokens)
-        self.since.add(sum(lengths), step_flops(self.experiment, *self.counts, lengths, supervised), done.data_wait)
+        sizes = [self.sources.train.samples[i].size for i in done.plan.samples]
+        self.since.add(self.task.units(sizes), self.task.flops(sizes, done.metrics), done.data_wait)
         if not self.due(done.step, self.experiment.train.log_every):
             return
         window, self.since = self.since, Window()
@@ -258,31 +257,30 @@ class Run:
             "loss": loss,
             "learning_rate": float(self.rates[done.step - 1]),
             "grad_norm": norm,
-            "tokens_per_second": window.tokens / seconds,
-            "supervised_tokens": supervised,
+            self.task.speed: window.units / seconds,
+            **self.task.row(done.metrics),
             "data_wait": window.data_wait,
             "seconds": seconds,
         }
         self.writer.step(row, {"mfu": window.flops / seconds / self.peak if self.peak else 0.0})
 
     def evaluate(self, number: int, state: TrainState) -> bool:
-        """Loss over all supervised tokens of the held-out records, without dropout. -> whether to stop instead of it."""
+        """What the task measures on the held-out records, without dropout. -> whether to stop instead of it."""
         began = time.perf_counter()
         loader = evaluation_batches(self.sources.held_out, self.model.mesh, self.model.rules, self.leave_out)
-        sums = []
+        found = []
         stop = False
-        for _, batch in loader:
-            sums.append(self.eval_step(state.trainable, self.frozen, batch))
+        for plan, batch in loader:
+            found.append(Evaluated(plan, self.eval_step(state.trainable, self.frozen, batch)))
             stop = self.preemption.reached() and number < self.total
             if stop:
                 break
         loader.close()
         if stop:
             return True
-        total, count = (sum(float(s[i]) for s in sums) for i in range(2))
-        self.eval_loss = total / max(count, 1.0)
-        row = {"step": number, "eval_loss": self.eval_loss, "eval_tokens": int(count)}
-        self.writer.evaluation(row | {"seconds": time.perf_counter() - began})
+        row = self.task.evaluation(found, self.sources.held_out)
+        self.eval_loss = row["eval_loss"]
+        self.writer.evaluation({"step": number} | row | {"seconds": time.perf_counter() - began})
         return False
 
     def leave_out(self, problem: Any) -> None:
@@ -295,11 +293,11 @@ class Window:
     """What the steps since the last row of metrics add up to."""
 
     def __init__(self):
-        self.tokens, self.flops, self.data_wait = 0, 0.0, 0.0
+        self.units, self.flops, self.data_wait = 0, 0.0, 0.0
         self._began = time.perf_counter()
 
-    def add(self, tokens: int, flops: float, data_wait: float) -> None:
-        self.tokens += tokens
+    def add(self, units: int, flops: float, data_wait: float) -> None:
+        self.units += units
         self.flops += flops
         self.data_wait += data_wait
 

@@ -6,18 +6,20 @@ import os
 
 from jaxmed.config import Experiment
 from jaxmed.data.dataset import Dataset, scan
+from jaxmed.data.pairs import PairSet, scan_pairs
 from jaxmed.data.plan import Plan
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.distributed import barrier, is_first, say, together
 from jaxmed.errors import BadRecords, Problem, UserError
+from jaxmed.train.volumes import fill_volumes
 
 
 @dataclasses.dataclass(frozen=True)
 class Sources:
     tokenizer: Tokenizer
-    train: Dataset
+    train: Dataset | PairSet
     plan: Plan
-    held_out: Dataset | None
+    held_out: Dataset | PairSet | None
     fingerprint: str
     """Of the samples and their sizes, on which the order of the data depends"""
 
@@ -35,6 +37,7 @@ def open_data(experiment: Experiment, out: str) -> Sources:
         train, held_out = _scan_both(experiment, tokenizer)
     for text in dict.fromkeys(train.notices + (held_out.notices if held_out else ())):
         say(text)
+    fill_volumes(experiment, [found for found in (train, held_out) if found])
     digest = hashlib.sha256(repr([(s.record.id, s.size) for s in train.samples]).encode()).hexdigest()
     folder = os.path.join(out, "tokenizer")
     if is_first() and not os.path.exists(folder):
@@ -44,17 +47,18 @@ def open_data(experiment: Experiment, out: str) -> Sources:
     return Sources(tokenizer, train, train.plan(), held_out, digest)
 
 
-def _scan_both(experiment: Experiment, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+def _scan_both(experiment: Experiment, tokenizer: Tokenizer) -> tuple[Dataset | PairSet, Dataset | PairSet | None]:
     """Training and held-out records; what is wrong with either is one list."""
     data, problems = experiment.data, []
+    read = scan_pairs if experiment.task == "contrastive" else scan
     try:
-        train = scan(experiment, tokenizer, data.records)
+        train = read(experiment, tokenizer, data.records)
         # tokens of two encoders never mix, held-out ones included
         experiment = dataclasses.replace(experiment, visual=dataclasses.replace(experiment.visual, encoder=train.encoder))
     except BadRecords as error:
         problems += error.problems
     try:
-        held_out = scan(experiment, tokenizer, data.eval_records) if data.eval_records else None
+        held_out = read(experiment, tokenizer, data.eval_records) if data.eval_records else None
     except BadRecords as error:
         problems += error.problems
     if problems:
@@ -65,6 +69,8 @@ def _scan_both(experiment: Experiment, tokenizer: Tokenizer) -> tuple[Dataset, D
 def open_tokenizer(experiment: Experiment) -> Tokenizer:
     """The experiment's tokenizer; its ids must be rows of the model's table, added tokens where the model has them."""
     model = experiment.model
+    if experiment.task == "contrastive":
+        return _text_tokenizer(experiment)
     folder = model.tokenizer or model.base
     tokenizer = Tokenizer.from_folder(folder, model.added_tokens, model.pad_token)
     rows = model.decoder.vocab
@@ -73,5 +79,17 @@ def open_tokenizer(experiment: Experiment) -> Tokenizer:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.size} tokens, model.added_tokens at {ids}; the model has {rows} rows and "
             f"{len(ids)} added ones from {rows} on. They do not belong together; give --model.tokenizer or --model.added-tokens"
+        )
+    return tokenizer
+
+
+def _text_tokenizer(experiment: Experiment) -> Tokenizer:
+    """The text encoder's."""
+    folder, rows = experiment.model.tokenizer, experiment.contrastive.text.vocab
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.size > rows:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.size} tokens, the text encoder {rows} rows; they do not belong together, "
+            "give the right --model.tokenizer or set --contrastive.text.vocab"
         )
     return tokenizer

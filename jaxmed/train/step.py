@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxmed.config import Experiment
 from jaxmed.nn.dropout import Draws
-from jaxmed.sharding import Rules, split_rows
+from jaxmed.sharding import Rules, join_rows, split_rows
 from jaxmed.train.loss import token_losses
 from jaxmed.train.optim import Path, clip
 from jaxmed.types import Batch, TrainState
@@ -31,12 +31,12 @@ class Metrics:
     """[] float32, as `train.loss_reduction` defines it"""
     grad_norm: jax.Array
     """[] float32, before clipping"""
-    supervised_tokens: jax.Array
-    """[] int32"""
+    count: jax.Array
+    """[] int32, supervised tokens, or pairs"""
     row_loss: jax.Array
-    """[B] float32, summed over each row's supervised tokens: names the sample behind a NaN"""
+    """[B] float32, each row's part (summed over its supervised tokens): names the sample behind a NaN"""
     right: jax.Array
-    """[] int32, supervised tokens that have the largest logit"""
+    """[] int32, those of `count` that have the largest logit"""
 
 
 class Objective(Protocol):
@@ -45,8 +45,8 @@ class Objective(Protocol):
     def value_and_grad(self, trainable: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[Metrics, Any]:
         """-> metrics (grad_norm still 0) and gradients shaped as `trainable`; goes over microbatches by itself."""
 
-    def evaluate(self, trainable: Any, frozen: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        """-> summed loss [] and count []"""
+    def evaluate(self, trainable: Any, frozen: Any, batch: Any) -> Any:
+        """What an evaluation is made of (see jaxmed.train.tasks), whole on every process; without dropout."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ class TokenCrossEntropy:
         return token_losses(model, batch, self.rules, draws, config.train.loss_chunk)
 
     def evaluate(self, trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """-> summed loss [] and supervised tokens []"""
         return self.totals(trainable, frozen, batch)[:2]
 
     def totals(self, trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, ...]:
@@ -96,12 +97,12 @@ class TokenCrossEntropy:
 
         start = (jnp.float32(0), jnp.int32(0), jnp.int32(0), jax.tree.map(jnp.zeros_like, trainable))
         (value, count, right, grads), rows = jax.lax.scan(add, start, microbatches(batch, pieces))
-        by_row = rows.T.reshape(-1, out_sharding=self.rules.spec("batch"))
-        return Metrics(value, jnp.float32(0), count, by_row, right), grads
+        return Metrics(value, jnp.float32(0), count, joined(rows), right), grads
 
 
-def microbatches(batch: Batch, pieces: int) -> Batch:
-    """[B, ...] -> [pieces, B / pieces, ...]: microbatch j holds rows j, j + pieces, ..., so that no row changes its device."""
+def microbatches(batch: Any, pieces: int) -> Any:
+    """Arrays [B, ...] -> [pieces, B / pieces, ...]: microbatch j holds rows j, j + pieces, ..., so that no row changes its
+    device."""
 
     def cut(x: jax.Array) -> jax.Array:
         spec = split_rows(jax.typeof(x).sharding.spec, x.ndim)
@@ -110,11 +111,19 @@ def microbatches(batch: Batch, pieces: int) -> Batch:
     return jax.tree.map(cut, batch)
 
 
+def joined(x: jax.Array) -> jax.Array:
+    """The inverse for one array, rows split over the mesh: [pieces, B / pieces, ...] -> [B, ...]."""
+    spec = join_rows(jax.typeof(x).sharding.spec, x.ndim)
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:], out_sharding=spec)
+
+
 def is_trainable(experiment: Experiment) -> Callable[[Path], bool]:
     """Which parameters are trained (and saved); decided once. Fixed statistics of the visual input travel with them."""
     train = experiment.train
 
     def trainable(path: Path) -> bool:
+        if experiment.task == "contrastive":
+            return True
         if path[0] == "tower":
             return train.train_tower
         if train.trainable == "all" or path[0] in ("projector", "aggregator", "fusion"):
@@ -130,10 +139,10 @@ def is_trainable(experiment: Experiment) -> Callable[[Path], bool]:
 
 def make_step(
     objective: Objective, experiment: Experiment, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
     """-> jitted (state, frozen, batch) -> (state, metrics); the state is donated. Dropout depends on (seed, step) alone."""
 
-    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
         metrics, grads = objective.value_and_grad(state.trainable, frozen, batch, key)
         grads, norm = clip(grads, experiment.optim.max_grad_norm)
@@ -144,6 +153,6 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_eval_step(objective: Objective) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
-    """-> jitted (trainable, frozen, batch) -> summed loss, count"""
+def make_eval_step(objective: Objective) -> Callable[[Any, Any, Any], Any]:
+    """-> jitted (trainable, frozen, batch) -> what the objective's evaluation of a batch gives"""
     return jax.jit(objective.evaluate)

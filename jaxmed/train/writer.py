@@ -2,7 +2,8 @@
 
 A row of metrics.jsonl is one JSON object: `step`, `loss`, `learning_rate`, `grad_norm`, `supervised_tokens` (of that step),
 `tokens_per_second`, `data_wait`, `seconds` (of the steps since the row before: tokens without padding over `seconds`, seconds
-waited for data, seconds of the clock). Rows of an evaluation have `step`, `eval_loss`, `eval_tokens`, `seconds`.
+waited for data, seconds of the clock). Rows of an evaluation have `step`, `eval_loss`, `eval_tokens`, `seconds`. Contrastive
+pretraining counts `pairs` and `pairs_per_second`, says its `accuracy`, and evaluates retrieval (see jaxmed.train.tasks).
 """
 
 import errno
@@ -136,14 +137,21 @@ class Writer:
     def step(self, row: dict[str, Any], shown: dict[str, Any]) -> None:
         """`shown`: what the progress line has beyond the row (`mfu`, 0 where the chip's peak is not known)."""
         self._rows.add(row)
-        names = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "data_wait")
-        self._board.add(row["step"], {f"train/{name}": row[name] for name in names})
+        drawn = {name: value for name, value in row.items() if name not in ("step", "seconds", "supervised_tokens", "pairs")}
+        self._board.add(row["step"], {f"train/{name}": value for name, value in drawn.items()})
         self._line.step(row | shown)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         self._rows.add(row)
-        self._board.add(row["step"], {"eval/loss": row["eval_loss"]})
-        self._line.say(f"step {row['step']}: evaluation loss {row['eval_loss']:.4f} over {row['eval_tokens']} tokens")
+        counted, found = [], {}
+        for name, value in row.items():
+            if name.startswith("eval_"):
+                name = name.removeprefix("eval_")
+                counted += [f"{value} {name}"] if isinstance(value, int) else []
+                found |= {} if isinstance(value, int) else {name: value}
+        self._board.add(row["step"], {f"eval/{name}": value for name, value in found.items()})
+        others = "".join(f", {name} {value:.3f}" for name, value in found.items() if name != "loss")
+        self._line.say(f"step {row['step']}: evaluation loss {row['eval_loss']:.4f} over {', '.join(counted)}{others}")
 
     def say(self, text: str) -> None:
         self._line.say(text)
@@ -181,10 +189,7 @@ class ProgressLine:
             self._bar.start()
 
     def step(self, row: dict[str, Any]) -> None:
-        text = (
-            f"step {row['step']}/{self.total}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s"
-        )
+        text = f"step {row['step']}/{self.total}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  {speed(row)}"
         text += f"  MFU {row['mfu']:.0%}" if row["mfu"] else ""
         now = time.perf_counter()
         left = self._left(row["step"], now)
@@ -209,6 +214,13 @@ class ProgressLine:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def speed(row: dict[str, Any]) -> str:
+    """`12,346 tokens/s`, `3.2 pairs/s`"""
+    name = next(name for name in row if name.endswith("_per_second"))
+    digits = 0 if row[name] >= 100 else 1
+    return f"{row[name]:,.{digits}f} {name.removesuffix('_per_second')}/s"
 
 
 def duration(seconds: float) -> str:

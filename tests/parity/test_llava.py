@@ -126,7 +126,7 @@ def test_a_batch_without_labels_costs_nothing(theirs, reduction, pieces):
         objective = TokenCrossEntropy(graphdef, RULES, experiment)
         grad = jax.jit(objective.value_and_grad)
         metrics, grads = grad(theirs.params(), {}, batch(empty), jax.random.key(0))
-        assert float(metrics.loss) == 0.0 and int(metrics.supervised_tokens) == 0
+        assert float(metrics.loss) == 0.0 and int(metrics.count) == 0
         assert all(not np.any(np.asarray(g)) for g in flatten(grads).values())
         # one microbatch (rows 0 and 2) without labels, the other with: the empty one adds nothing
         half = [dataclasses.replace(r, labels=[-100] * len(r.ids)) if n % 2 == 0 else r for n, r in enumerate(rows())]

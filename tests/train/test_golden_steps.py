@@ -47,7 +47,7 @@ def steps(request: pytest.FixtureRequest) -> dict:
             "losses": losses,
             "grads": grads,
             "after": after,
-            "supervised": int(metrics.supervised_tokens),
+            "supervised": int(metrics.count),
             "experiment": e,
         }
 

@@ -66,7 +66,7 @@ def epoch(records: str, pack: bool) -> tuple[int, float, int, dict]:
         rows, loss, tokens, total = 0, 0.0, 0, {}
         for made, batch in batches(data, steps, 0, mesh, plan.rules, steps.steps_per_epoch(0)):
             metrics, grads = grad(*halves, batch, jax.random.key(0))
-            count = int(metrics.supervised_tokens)
+            count = int(metrics.count)
             rows += sum(bool(row) for row in made.rows)
             loss, tokens = loss + float(metrics.loss) * count, tokens + count
             for path, value in flatten(grads).items():
