@@ -1,24 +1,26 @@
 """Reading records: a JSON list (or JSON lines) of {"id", "image", "conversations": [{"from", "value"}, ...]}, as LLaVA has
-them, or a table of questions or captions (jaxmed.data.tables), whose rows become such records.
+them; a table of questions or captions (jaxmed.data.tables, ct_rate), AMOS-MM's dataset.json (amos), or a mixture of such files
+(mixture): whatever it is, records come out. How a file is named says how it is read (record_files).
 
 What can be wrong with a record is found here, once, with a sentence that says where and what to do. The texts stay as
 the file has them; templates, image places and label masks are jaxmed.data.conversation's matter.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from jaxmed.data.tables import CAPTION_PROMPTS, RAGGED, conversation_of, kind_of, read_csv
+from jaxmed.data import amos, ct_rate
+from jaxmed.data.drafts import Draft
+from jaxmed.data.mixture import Member, read_mixture
+from jaxmed.data.record_files import MissingImageToken, Reading, parse
+from jaxmed.data.record_lists import REPEATED, TURNS, read_values
+from jaxmed.data.tables import RAGGED, draft_of, kind_of
 from jaxmed.data.tokenizer import IMAGE_TOKEN
 from jaxmed.errors import Problem, UserError
 
 ROLES = ("human", "gpt")
-TURNS = ("conversations", "conversatons")
-"""Names of the key that holds the turns; the second is spelt as in TinyLLaVA-Med's own files"""
-MissingImageToken = Literal["refuse", "prepend", "text_only"]
 
 
 class RecordError(UserError, ValueError):
@@ -47,24 +49,19 @@ class Record:
     """Path of the file"""
     extra: dict[str, Any] = field(default_factory=dict)
     """All other keys"""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a file's records are read for; the defaults are those of LLaVA's conversations."""
-
-    missing_image_token: MissingImageToken = "refuse"
-    """What becomes of a record that has an image and no `<image>`: a problem, `<image>` in front, or its text alone"""
-    placeholders: bool = False
-    """Whether an image stands before the question by itself (template `m3d`), so that `<image>` need not be written"""
-    upstream_exact: frozenset[str] = frozenset()
-    """Defects to be kept (tables: `na_choices`)"""
-    questions: Literal["closed", "open"] = "closed"
-    """Whether a table's choices are named"""
-    split: str = ""
-    """Which list of a JSON object of several (M3D's captions: train, validation, test, ...)"""
-    prompts: tuple[str, ...] = CAPTION_PROMPTS[:1]
-    """Questions of captions that have none, by row in turn"""
+    prompts: tuple[str, ...] = ()
+    """Questions that training draws among; the first of them is the turn's. (): the record has a question of its own"""
+    region: str = ""
+    """Of a region's report: chest, abdomen or pelvis"""
+    options: dict[str, str] = field(default_factory=dict)
+    """Of a question with choices: {letter: text}"""
+    answer: str = ""
+    """The letter of the right option"""
+    question_type: str = ""
+    patient: str = ""
+    """Whom the volume shows, where the data set says so"""
+    dataset: str = ""
+    """The set of a mixture that it is from"""
 
 
 AS_LLAVA = Reading()
@@ -166,21 +163,67 @@ def settle(record: Record, missing: MissingImageToken) -> Record:
     return dataclasses.replace(record, turns=(first, *others))
 
 
+def asked_with(record: Record, prompt: str) -> Record:
+    """A record that has no question of its own, asked with another of its prompts."""
+    first, *others = record.turns
+    question = first.value.removesuffix(record.prompts[0]) + prompt
+    return dataclasses.replace(record, turns=(Turn(first.role, question), *others))
+
+
+def records_from_dict(d: Any, row: int = 0, source: str = "", reading: Reading = AS_LLAVA) -> list[Record | UserError]:
+    """The records of one JSON object or of one row of a table, in their order, and in place of a record that cannot be used
+    what is wrong with it: an entry of AMOS-MM has several."""
+    try:
+        _require(isinstance(d, Mapping), f"it is {type(d).__name__}; a record must be a JSON object")
+        found = _drafts(d, source, reading)
+    except UserError as error:
+        return [error]
+    records: list[Record | UserError] = []
+    for draft in found:
+        try:
+            if isinstance(draft, UserError):
+                raise draft
+            records.append(_record(draft, row, source, reading))
+        except UserError as error:
+            records.append(error)
+    return records
+
+
 def record_from_dict(d: Any, row: int = 0, source: str = "", reading: Reading = AS_LLAVA) -> Record:
-    """The record of one JSON object or of one row of a table. A leading gpt turn is dropped: nothing precedes it that it
-    could answer."""
-    _require(isinstance(d, Mapping), f"it is {type(d).__name__}; a record must be a JSON object")
+    """The same of what is one record; UserError otherwise. A leading gpt turn is dropped: nothing precedes it that it could
+    answer."""
+    found = records_from_dict(d, row, source, reading)
+    fault = next((each for each in found if isinstance(each, UserError)), None)
+    if fault is not None:
+        raise fault
+    _require(len(found) == 1, f"it makes {len(found)} records; read it with its file, or with records_from_dict")
+    return found[0]
+
+
+def _drafts(d: Mapping[str, Any], source: str, reading: Reading) -> Sequence[Draft | Mapping[str, Any] | UserError]:
+    """What becomes a record each; conversations as they are."""
     if RAGGED in d:
         raise RecordError(f"it has {len(d[RAGGED])} values, more or fewer than the table has columns; quote texts with commas")
-    key = next((name for name in TURNS if name in d), TURNS[0])
-    if key not in d and kind_of(d):
-        prompt = reading.prompts[row % len(reading.prompts)]
-        d = conversation_of(d, source, reading.questions, reading.upstream_exact, prompt)
+    if REPEATED in d:
+        raise RecordError(f"it has the key {d[REPEATED]!r} twice; leave one of them out")
+    if any(name in d for name in TURNS):
+        return [d]
+    if amos.is_amos(d) or (reading.unanswered and "image" in d and not kind_of(d)):
+        return amos.drafts(d, reading)
+    if ct_rate.is_ct_rate(d):
+        return ct_rate.drafts(d, reading)
+    return [draft_of(d, parse(source).path if source else "", reading)] if kind_of(d) else [d]
+
+
+def _record(draft: Draft | Mapping[str, Any], row: int, source: str, reading: Reading) -> Record:
+    d = draft.json() if isinstance(draft, Draft) else draft
     images = _images(d.get("image"))
-    turns = _turns(d.get(key))
+    turns = _turns(d.get(next((name for name in TURNS if name in d), TURNS[0])))
     name = d.get("id")
     extra = {key: value for key, value in d.items() if key not in ("id", "image", *TURNS)}
     record = Record(str(row) if name is None else str(name), images, turns, row, source, extra)
+    if isinstance(draft, Draft):
+        record = dataclasses.replace(record, prompts=draft.prompts, **draft.fields)
     if reading.placeholders:
         _check_plain(turns, len(images))
         return record
@@ -191,68 +234,59 @@ def record_from_dict(d: Any, row: int = 0, source: str = "", reading: Reading = 
 
 def records_from_rows(rows: Sequence[Mapping[str, Any]], source: str = "", reading: Reading = AS_LLAVA) -> list[Record]:
     """All records of rows or JSON objects; RecordError or UserError for one that cannot be used."""
-    return [record_from_dict(row, number, source, reading) for number, row in enumerate(rows)]
-
-
-def _read_lines(path: str) -> list[Any]:
-    values = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    values.append(json.loads(line))
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise UserError(f"{path}: line {number} is not JSON ({error}); each line must be one object") from error
-    return values
-
-
-def _split(path: str, values: dict[str, Any], split: str) -> Any:
-    """One of the lists of a JSON object."""
-    names = [name for name, value in values.items() if isinstance(value, list)]
-    if split and split in names:
-        return values[split]
-    if names and len(names) == len(values):
-        raise UserError(f"{path}: holds the lists {', '.join(names)}, not {split!r}; write the one that is meant into a file")
-    return values
-
-
-def _read(path: str, split: str) -> list[Any]:
-    return read_csv(path) if path.lower().endswith(".csv") else _read_list(path, split)
-
-
-def _read_list(path: str, split: str) -> list[Any]:
-    try:
-        if path.lower().endswith(".jsonl"):
-            values = _read_lines(path)
-        else:
-            with open(path, encoding="utf-8-sig") as file:
-                values = json.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the JSON file of the records") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the records as UTF-8") from error
-    except json.JSONDecodeError as error:
-        hint = "; a file with one object a line must be made one JSON list" if error.msg == "Extra data" else ""
-        raise UserError(f"{path}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}){hint}") from error
-    except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply; the file must be a JSON list of records") from error
-    if isinstance(values, dict):
-        values = _split(path, values, split)
-    if not isinstance(values, list):
-        raise UserError(f"{path}: holds a JSON {type(values).__name__}; it must be a list of records")
-    if not values:
-        raise UserError(f"{path}: holds no records; give a list with at least one")
-    return values
+    found = [each for number, row in enumerate(rows) for each in records_from_dict(row, number, source, reading)]
+    for each in found:
+        if isinstance(each, UserError):
+            raise each
+    return found
 
 
 def load_records(path: str, reading: Reading = AS_LLAVA) -> tuple[list[Record], list[Problem]]:
-    """All usable records of a .json, .jsonl or .csv file in file order, and a Problem for each of the others."""
+    """All usable records of a .json, .jsonl or .csv file, or of a mixture of them, in file order, and a Problem for each of the
+    others. `path` may say how the file is read (jaxmed.data.record_files), and wins over `reading`."""
+    mixture = read_mixture(path)
+    if mixture is None:
+        return _load(path, reading)
+    records, problems = [], []
+    for member in mixture.members:
+        found, bad = _load(member.records, reading)
+        records += [_of_member(record, member) for record in found]
+        problems += bad
+    return records, problems
+
+
+def _of_member(record: Record, member: Member) -> Record:
+    """A record whose name says its set and whose images do not need the set's folder any more."""
+    images = tuple(member.image(image) for image in record.images)
+    return dataclasses.replace(record, id=f"{member.name}/{record.id}", images=images, dataset=member.name)
+
+
+def _load(name: str, reading: Reading) -> tuple[list[Record], list[Problem]]:
+    file = parse(name)
+    reading = dataclasses.replace(reading, split=file.split or reading.split, **file.fields)
+    values = read_values(file.path, reading.split)
+    # Entries of a test set have no labels by which they could be told.
+    if reading.split.lower().startswith("test"):
+        reading = dataclasses.replace(reading, unanswered=True)
+    kept = [True] * len(values)
+    if reading.first_reconstruction and isinstance(values[0], Mapping) and ct_rate.is_ct_rate(values[0]):
+        kept = ct_rate.first_reconstructions(values)
     records: list[Record] = []
     problems: list[Problem] = []
-    for row, value in enumerate(_read(path, reading.split)):
-        try:
-            records.append(record_from_dict(value, row, path, reading))
-        except UserError as error:
-            name = value.get("id") if isinstance(value, dict) else None
-            problems.append(Problem(place(row, name, path), str(error)))
+    for row, (value, keep) in enumerate(zip(values, kept, strict=True)):
+        for each in records_from_dict(value, row, name, reading) if keep else ():
+            if isinstance(each, Record):
+                records.append(each)
+            else:
+                problems.append(Problem(place(row, _name(value), name), str(each)))
+    if not records and not problems:
+        raise UserError(f"{name}: holds no records of the kind that is asked for; look at what stands behind the file's name")
     return records, problems
+
+
+def _name(value: Any) -> Any:
+    """What a message calls an entry that is no record."""
+    if not isinstance(value, Mapping):
+        return None
+    image = value.get("image")
+    return ct_rate.case_name(image) if amos.is_amos(value) and isinstance(image, str) else value.get("id")

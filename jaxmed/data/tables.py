@@ -1,8 +1,8 @@
 """Rows of tables as records: M3D's VQA CSV and caption JSON, SAMF's report and multiple-choice CSVs.
 
-A row (names of columns -> strings) becomes a record as jaxmed.data.records reads it: `image`, a question, its answer, and all
-columns beside. Which table a row is from is told by its columns, their case aside. Texts are kept to the blank: questions about
-choices begin with one (it stands between placeholders and question), prompts for a caption do not.
+A row (names of columns -> strings) becomes a draft of a record: `image`, a question, its answer, and all columns beside. Which
+table a row is from is told by its columns, their case aside. Texts are kept to the blank: questions about choices begin with
+one (it stands between placeholders and question), prompts for a caption do not.
 """
 
 import csv
@@ -10,23 +10,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from jaxmed.data.ct_rate import is_ct_rate
+from jaxmed.data.drafts import Draft
+from jaxmed.data.record_files import Reading
 from jaxmed.errors import UserError
-
-CAPTION_PROMPTS = (
-    "Write down what this scan shows.",
-    "Give a radiologist's account of this volume.",
-    "Which findings does this examination hold?",
-    "Report on the images at hand.",
-    "Summarise the findings of this study in full sentences.",
-    "What would a radiology report say about this scan?",
-    "Go through this volume and note every finding.",
-    "Please dictate the findings section for this examination.",
-    "State what is normal and what is not in this scan.",
-    "Put the content of these slices into words.",
-)
-"""Requests for a caption, where a row has no question of its own. The first one is used unless others are asked for."""
 
 RAGGED = ""
 """Key of the values of a CSV row that are more or fewer than the table's columns"""
@@ -60,7 +49,7 @@ _TABLES = {
     "captions": _Table("image", "text", frozenset({"image", "text"})),
     "questions": _Table("image", "answer", frozenset({"image", "question", "answer"})),
 }
-KINDS = tuple(_TABLES)
+AS_PUBLISHED = Reading()
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -69,36 +58,41 @@ def kind_of(row: Mapping[str, Any]) -> str:
     return next((kind for kind, table in _TABLES.items() if table.columns <= columns), "")
 
 
-def conversation_of(
-    row: Mapping[str, Any],
-    source: str = "",
-    questions: Literal["closed", "open"] = "closed",
-    upstream_exact: frozenset[str] = frozenset(),
-    prompt: str = CAPTION_PROMPTS[0],
-) -> dict[str, Any]:
-    """The record, as JSON has it, of one row.
-
-    `questions`: whether choices are named and the answer is one of them. `source`: the file, beside which texts lie.
-    `prompt`: the question of a caption whose row has none.
-    """
+def draft_of(row: Mapping[str, Any], source: str = "", reading: Reading = AS_PUBLISHED) -> Draft:
+    """The draft of one row. `source`: the file, beside which texts lie."""
     kind = kind_of(row)
     if not kind:
-        known = "; ".join(", ".join(sorted(table.columns)) for table in _TABLES.values())
-        raise UserError(f"its columns are {', '.join(row)}; known tables have: {known} (or `conversations`)")
+        raise UserError(f"its columns are {', '.join(row)}; {_known()} (or `conversations`)")
     table = _TABLES[kind]
     cells = {name.strip().lower(): value for name, value in row.items()}
     question, answer = _text(cells, "question", kind not in CAPTION_KINDS), _text(cells, table.answer, True)
+    prompts: tuple[str, ...] = ()
+    fields: dict[str, Any] = {"question_type": _text(cells, "question type", False)}
     if kind in CAPTION_KINDS:
-        question = question or prompt
+        prompts = () if question else reading.prompts.captions
+        question = question or prompts[0]
         answer = answer if kind == "reports" else _report(answer, source)
     elif table.labels:
         question = f" {question}"
-        if questions == "closed" and "choice a" in cells:
-            question, answer = _closed(cells, question, answer, table, upstream_exact)
-    extra = {name: value for name, value in row.items() if name.strip().lower() not in ("id", table.image)}
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    name = {"id": cells["id"]} if cells.get("id") else {}
-    return extra | name | {"image": cells[table.image], "conversations": turns}
+        if "choice a" in cells:
+            fields |= _choices(cells)
+        if reading.questions == "closed" and "choice a" in cells:
+            question, answer = _closed(cells, question, answer, table, reading.upstream_exact)
+    values = {name: value for name, value in row.items() if name.strip().lower() not in ("id", table.image)}
+    name = cells.get("id")
+    return Draft("" if name is None else str(name), cells[table.image], question, answer, prompts, values, fields)
+
+
+def _known() -> str:
+    tables = [", ".join(sorted(table.columns)) for table in _TABLES.values()]
+    return f"known tables have: {'; '.join([*tables, 'VolumeName, Findings_EN'])}"
+
+
+def _choices(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """The choices that there are (`NA` is none) and the letter of the right one."""
+    answer = _text(cells, "answer choice", False).strip().upper()
+    texts = {letter: _text(cells, f"choice {letter.lower()}", False) for letter in "ABCD"}
+    return {"options": {k: v for k, v in texts.items() if v.strip() not in ("", "NA") or k == answer}, "answer": answer}
 
 
 def _text(cells: Mapping[str, Any], column: str, is_needed: bool) -> str:
@@ -170,8 +164,7 @@ def read_csv(path: str) -> list[dict[str, str]]:
     header, *rows = [row for row in rows if row] or [[]]
     if not rows:
         raise UserError(f"{path}: holds no rows; give a table with a line of names and at least one row")
-    if not kind_of(dict.fromkeys(header)):
-        known = "; ".join(", ".join(sorted(table.columns)) for table in _TABLES.values())
-        raise UserError(f"{path}: its columns are {', '.join(header)}; known tables have: {known}")
+    if not kind_of(dict.fromkeys(header)) and not is_ct_rate(dict.fromkeys(header)):
+        raise UserError(f"{path}: its columns are {', '.join(header)}; {_known()}")
     # A row that does not fit keeps its values under no name, for the message about it.
     return [dict(zip(header, row, strict=True)) if len(row) == len(header) else {RAGGED: row} for row in rows]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from jaxmed.data.captions import CAPTION_PROMPTS, Prompts
 from jaxmed.data.records import Reading, load_records, record_from_dict, records_from_rows
-from jaxmed.data.tables import CAPTION_PROMPTS, conversation_of, kind_of, parse_report
+from jaxmed.data.tables import draft_of, kind_of, parse_report
 from jaxmed.errors import UserError
 
 PLAIN = Reading(placeholders=True)
@@ -49,11 +50,13 @@ def test_rows_of_each_table(tmp_path):
     ]
 
 
-def test_a_caption_has_its_own_question_or_one_of_a_list():
+def test_a_caption_has_its_own_question_or_those_of_a_list_of_which_the_first_is_asked():
     rows = [{"image": "a", "caption": "A."}, {"image": "b", "caption": "B.", "question": "What is it?"}] * 2
-    records = records_from_rows(rows, reading=Reading(placeholders=True, prompts=("One.", "Two.", "Three.")))
-    assert texts(records) == [("One.", "A."), ("What is it?", "B."), ("Three.", "A."), ("What is it?", "B.")]
-    assert len(set(CAPTION_PROMPTS)) == len(CAPTION_PROMPTS) >= 10
+    prompts = ("One.", "Two.", "Three.")
+    records = records_from_rows(rows, reading=Reading(placeholders=True, prompts=Prompts(prompts)))
+    assert texts(records) == [("One.", "A."), ("What is it?", "B.")] * 2
+    assert [record.prompts for record in records] == [prompts, ()] * 2
+    assert len(set(CAPTION_PROMPTS)) == len(CAPTION_PROMPTS) >= 40
 
 
 def test_rows_from_python_are_known_by_their_columns():
@@ -64,7 +67,7 @@ def test_rows_from_python_are_known_by_their_columns():
     assert texts([record_from_dict(opened, reading=PLAIN)]) == [(" Is it?", "3")]
     assert kind_of({"image": "", "conversations": []}) == ""
     with pytest.raises(UserError, match="its columns are image; known tables have"):
-        conversation_of({"image": "a"})
+        draft_of({"image": "a"})
 
 
 def test_with_other_templates_an_image_goes_in_front():
@@ -141,7 +144,7 @@ def test_lists_of_several_and_texts_in_files(tmp_path):
     records, problems = load_records(path, Reading(placeholders=True, split="test"))
     assert problems == []
     assert [record.turns[1].value for record in records] == ["Clear lungs.", "Small stone.", "In short."]
-    with pytest.raises(UserError, match=r"holds the lists train, test, not ''"):
+    with pytest.raises(UserError, match=r"holds the lists train, test, and none is named; say .*cap\.json:train"):
         load_records(path, PLAIN)
 
 
