@@ -163,6 +163,11 @@ class TowerConfig:
         require(last, "tower.final_norm: only the last block's output is normalised; set it to false with this select_layer")
 
     @property
+    def reads(self) -> Literal["volumes", "slices", "pixels"]:
+        """Kind of its input (visual.kind)."""
+        return {"vit3d": "volumes", "dino": "slices"}.get(self.kind, "pixels")
+
+    @property
     def grid(self) -> tuple[int, ...]:
         """Patches along the axes of `image`."""
         return tuple(i // p for i, p in zip(self.image, self.patch, strict=True))

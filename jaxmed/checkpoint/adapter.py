@@ -34,7 +34,7 @@ def run_experiment(run: str) -> Experiment:
 
 def upstream_folder(experiment: Experiment) -> TensorFolder | None:
     """The upstream folder at the root of `model.adapter`; what it must hold is checked."""
-    folder = next((f for f in chain(experiment.model.adapter) if detect(f) != "run"), "")
+    folder = next((f for f in chain(experiment.model.adapter) if not is_own(f)), "")
     if not folder:
         return None
     tensors = open_folder(folder)
@@ -67,7 +67,7 @@ def _needs(run: str, experiment: Experiment, older: str) -> bool:
     trained = experiment.train
     if trained.trainable == "all" and (trained.train_tower or not experiment.has_tower):
         return False
-    if detect(older) == "run":
+    if is_own(older):
         return not _shapes(older).keys() <= _shapes(run).keys()
     if trained.trainable == "all":
         return False
@@ -82,8 +82,8 @@ def _shapes(run: str) -> dict[str, tuple[int, ...]]:
 
 
 def runs_of(experiment: Experiment) -> list[str]:
-    """The runs of `model.adapter`, the newest first."""
-    return [folder for folder in chain(experiment.model.adapter) if detect(folder) == "run"]
+    """The folders of our own form among those of `model.adapter`, the newest first: runs, a projector alone."""
+    return [folder for folder in chain(experiment.model.adapter) if is_own(folder)]
 
 
 def tower_run(experiment: Experiment) -> str:
@@ -111,15 +111,17 @@ def overlay_runs(experiment: Experiment, values: dict[Path, Any], complete: bool
     found: dict[Path, Any] = {}
     for run in runs_of(experiment):
         if complete:
-            _check_places(run, values)
+            _check_places(run, values, experiment)
         found |= _from_run(run, {path: value for path, value in values.items() if path not in found})
     if run := tower_run(experiment):
         found |= _from_run(run, {path: value for path, value in values.items() if path[0] == "tower" and path not in found})
     return values | found
 
 
-def _check_places(run: str, values: Mapping[Path, Any]) -> None:
-    lost = sorted(_shapes(run).keys() - {text(path) for path in values})
+def _check_places(run: str, values: Mapping[Path, Any], experiment: Experiment) -> None:
+    """A tower that the run trained has no place where files hold its tokens, and needs none."""
+    unneeded = () if experiment.has_tower else ("tower/",)
+    lost = sorted(name for name in _shapes(run).keys() - {text(path) for path in values} if not name.startswith(unneeded))
     if lost:
         raise UserError(
             f"{run}: holds {', '.join(lost[:3])}, for which this model has no place; leave the run its own settings"

@@ -10,7 +10,7 @@ import threading
 import jaxmed
 from jaxmed.errors import REQUEUE, Preempted, UserError
 
-COMMANDS = ("quickstart", "train", "generate", "evaluate", "encode", "preview", "convert", "inspect", "plan")
+COMMANDS = ("quickstart", "train", "generate", "evaluate", "encode", "preview", "view", "convert", "inspect", "plan")
 
 
 def overview() -> str:

@@ -27,11 +27,12 @@ _HEADERS = threading.Lock()
 
 
 def npz_name(image: str) -> str:
-    """The file of a record's `image`: x.nii.gz, x.nii, x.npz and x.nii_embedded.npz all give x.nii_embedded.npz."""
-    for ending in (SUFFIX, ".nii.gz", ".nii", ".npz"):
+    """The file of a record's `image`: x.nii.gz, x.nii, x.npy, x.npz, x.nii_embedded.npz and a folder x of slices all give
+    x.nii_embedded.npz."""
+    for ending in (SUFFIX, ".nii.gz", ".nii", ".npz", ".npy"):
         if image.endswith(ending):
             return image[: -len(ending)] + SUFFIX
-    return image
+    return image.rstrip("/") + SUFFIX
 
 
 def npz_path(folder: str, image: str) -> str:
@@ -255,12 +256,12 @@ def unpack_codes(codes: np.ndarray) -> np.ndarray:
     return bits.astype(np.float32) * np.float32(2) - np.float32(1)
 
 
-def write_npz(path: str, array: np.ndarray, encoder: str) -> None:
-    """Writes [C, T, H, W] floats or [T, H, W] uint32 codes, signed. The file is there whole or not at all."""
+def write_npz(path: str, array: np.ndarray, encoder: str, dtype: type[np.floating] = np.float32) -> None:
+    """Writes [C, T, H, W] floats (as `dtype`) or [T, H, W] uint32 codes, signed. The file is there whole or not at all."""
     if array.dtype == np.uint32 and array.ndim == 3:
         arrays = {"codes": array[None]}
     elif array.dtype.kind == "f" and array.ndim == 4:
-        arrays = {"arr": array[None].astype(np.float32, copy=False)}
+        arrays = {"arr": array[None].astype(dtype, copy=False)}
     else:
         raise ValueError(f"tokens are [C, T, H, W] floats or [T, H, W] uint32 codes, got {array.dtype} {array.shape}")
     if encoder:

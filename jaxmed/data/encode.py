@@ -129,7 +129,7 @@ def plan_folder(volumes: str, out: str, signature: str, metadata: str, override:
         os.makedirs(out, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made a folder ({error.strerror}); choose another --out") from None
-    missing = [path for path in paths if not _present(os.path.join(out, npz_name(os.path.basename(path))), signature)]
+    missing = [path for path in paths if not is_written(os.path.join(out, npz_name(os.path.basename(path))), signature)]
     jobs, problems = _check(missing, table, out)
     if problems and on_bad_record == "stop":
         raise BadRecords(problems)
@@ -154,7 +154,7 @@ def collect(
     return EncodeSummary(readings.total(), work.present, tuple(problems), dict(readings), time.monotonic() - started)
 
 
-def _present(path: str, signature: str) -> bool:
+def is_written(path: str, signature: str) -> bool:
     """Whether the file is there and whole. Tokens of two encoders in one folder would be mistaken for each other."""
     if not os.path.exists(path):
         return False

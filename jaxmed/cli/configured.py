@@ -1,0 +1,84 @@
+"""What `view` and `encode` are told of a model: a shipped config, a Python file or a folder, and fields of it as flags."""
+
+import os
+from dataclasses import dataclass, replace
+
+from jaxmed.cli import common
+from jaxmed.config import EncodeConfig, Experiment, VisualConfig, replace_field
+from jaxmed.errors import UserError
+
+FIELDS = ("visual", "encode")
+OVERRIDES = {"vision.heads": "model.tower.heads", "slice_encoder.heads": "model.tower.heads"}
+"""Short names of --set"""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Of the config, as `jaxmed train` takes them."""
+
+    visual: VisualConfig
+    encode: EncodeConfig
+
+
+@dataclass(frozen=True)
+class Configured:
+    name: str
+    """How the person named it"""
+    experiment: Experiment
+    encoder_alone: bool = False
+    """A folder of encoders: of the experiment only the tower and its input mean anything"""
+
+    @property
+    def has_tower(self) -> bool:
+        return self.experiment.model.tower.kind != "none"
+
+    @property
+    def tower_visual(self) -> VisualConfig:
+        """What the tower reads, also where the config takes its tokens from files."""
+        return replace(self.experiment.visual, kind=self.experiment.model.tower.reads)
+
+
+def split_fields(argv: list[str]) -> tuple[list[str], list[str]]:
+    """(flags such as --visual.grid 2 3 4, the others)"""
+    fields: list[str] = []
+    others: list[str] = []
+    place = others
+    for argument in argv:
+        if argument.startswith("--"):
+            head = argument[2:].partition(".")[0].removeprefix("no-")
+            place = fields if "." in argument and head in FIELDS else others
+        place.append(argument)
+    return fields, others
+
+
+def configured(name: str, base: str, tower: str, overrides: dict[str, str], fields: list[str], command: str) -> Configured:
+    """`fields`: flags of `split_fields`. No weight is read."""
+    found = (_of_folder if os.path.isdir(name) else _of_config)(name, base, tower, overrides)
+    if not fields:
+        return found
+    default = Fields(found.experiment.visual, found.experiment.encode)
+    given = common.parse(Fields, fields, prog=f"jaxmed {command}", description="", default=default)
+    return replace(found, experiment=replace(found.experiment, visual=given.visual, encode=given.encode))
+
+
+def _of_config(name: str, base: str, tower: str, overrides: dict[str, str]) -> Configured:
+    experiment = common.load_experiment(name)
+    for key, value in overrides.items():
+        experiment = replace_field(experiment, OVERRIDES.get(key, key), value)
+    folders = {"base": base or experiment.model.base, "tower_folder": tower or experiment.model.tower_folder}
+    return Configured(name, replace(experiment, model=replace(experiment.model, **folders)))
+
+
+def _of_folder(name: str, base: str, tower: str, overrides: dict[str, str]) -> Configured:
+    """A folder of an encoder, a whole model or a run."""
+    # JAX takes a second to import, and configs by name do without.
+    from jaxmed import api
+    from jaxmed.generate import tower as towers
+
+    if towers.is_encoder(name):
+        if tower or base:
+            raise UserError(f"{name}: holds an encoder itself; leave {'--tower' if tower else '--base'} out")
+        return Configured(name, towers.of_encoder(name, overrides), encoder_alone=True)
+    if not (base or tower or overrides) and towers.holds_its_tower(name):
+        return Configured(name, towers.of_run(name))
+    return Configured(name, api.resolve(name, base, "float32", overrides, tower))
