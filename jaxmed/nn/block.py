@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxmed.config import DecoderConfig, LoraConfig, require
 from jaxmed.nn.dropout import Dropout
-from jaxmed.nn.linear import NO_ADAPTER, Adapter, Linear, SharedAdapter
+from jaxmed.nn.linear import NO_ADAPTER, Adapter, Linear, SharedAdapter, grouped
 from jaxmed.nn.mlp import GatedMlp
 from jaxmed.nn.norm import RMSNorm
 from jaxmed.nn.rope import rotate
@@ -75,13 +75,15 @@ class Attention(nnx.Module):
         batch, length, _ = x.shape
         drop = [dropout.fold(n) if dropout is not None else None for n in range(4)]
         reduced = self.qkv(x, rules, ("batch", "length", "heads"), drop[0]) if self.shares else None
+        wide = grouped(x, rules, "heads")
         split = []
         for projection, axis, bits in (
             (self.q, "heads", drop[0]),
             (self.k, "kv_heads", drop[1]),
             (self.v, "kv_heads", drop[2]),
         ):
-            y = projection(x, rules, ("batch", "length", axis), bits, reduced)
+            of_group = wide if rules.spec(axis) == rules.spec("heads") else x  # kv heads may be replicated
+            y = projection(x, rules, ("batch", "length", axis), bits, reduced, of_group)
             by_head = rules.spec("batch", "length", axis, None)
             split.append(y.reshape(batch, length, -1, self.head_dim, out_sharding=by_head))
         q, k, v = split

@@ -68,13 +68,21 @@ class Linear(nnx.Module):
         self.has_bias, self.adapter = bias, adapter
 
     def __call__(
-        self, x: jax.Array, rules: Rules, axes: Axes, dropout: Dropout | None, reduced: jax.Array | None = None
+        self,
+        x: jax.Array,
+        rules: Rules,
+        axes: Axes,
+        dropout: Dropout | None,
+        reduced: jax.Array | None = None,
+        of_group: jax.Array | None = None,
     ) -> jax.Array:
         """`axes`: logical axes of the output as an activation, such as ("batch", "length", "heads").
 
         `reduced` [B, T, R]: what the group's `SharedAdapter` made of x, where A is shared; `dropout` has done its work there.
+        `of_group`: x as several Linears with outputs split alike read it (`grouped`), if this one is among them.
         """
-        y = product(x, gathered(self.weight, rules).astype(x.dtype), rules, axes, x.dtype)
+        given = x if of_group is None else of_group
+        y = product(given, gathered(self.weight, rules).astype(x.dtype), rules, axes, x.dtype)
         if self.has_bias:
             y = y + gathered(self.bias, rules).astype(x.dtype)
         if self.adapter.rank:
@@ -83,6 +91,12 @@ class Linear(nnx.Module):
             b = reshard(self.lora_b[...], rules.spec(self.out_axis, None)).astype(x.dtype)
             y = y + self.adapter.scale * jnp.einsum("btr,or->bto", reduced, b, out_sharding=rules.spec(*axes))
         return y
+
+
+def grouped(x: jax.Array, rules: Rules, axis: str) -> jax.Array:
+    """x [B, T, in], whole along its last axis, as a group of Linears with outputs split along `axis` (q, k, v; gate, up) reads
+    it: the backward pass adds their gradients of x on each shard and sums over the shards once. A decode step has none."""
+    return rules.summed_once(x, axis, "batch", "length", None) if x.shape[1] > 1 else x
 
 
 class SharedAdapter(nnx.Module):

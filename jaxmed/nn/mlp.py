@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from jaxmed.nn.dropout import Dropout
-from jaxmed.nn.linear import Linear, SharedAdapter
+from jaxmed.nn.linear import Linear, SharedAdapter, grouped
 from jaxmed.sharding import Rules
 
 
@@ -25,5 +25,6 @@ class GatedMlp(nnx.Module):
         drop = [dropout.fold(n) if dropout is not None else None for n in (4, 5, 6)]
         inner = ("batch", "length", "mlp")
         reduced = self.gate_up(x, rules, inner, drop[0]) if self.shares else None
-        gate, up = self.gate(x, rules, inner, drop[0], reduced), self.up(x, rules, inner, drop[1], reduced)
+        wide = grouped(x, rules, "mlp")
+        gate, up = (f(x, rules, inner, bits, reduced, wide) for f, bits in ((self.gate, drop[0]), (self.up, drop[1])))
         return self.down(jax.nn.silu(gate) * up, rules, ("batch", "length", None), drop[2])

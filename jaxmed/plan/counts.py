@@ -46,7 +46,7 @@ def least_sent(experiment: Experiment, step: str, length: int, trained: dict, fr
     fsdp      every split frozen weight once a pass (forward and backward; the embedding forward alone), and once more a
               microbatch; every adapter and its gradient likewise
     context   keys and values of a layer once a pass that computes attention, and their gradients back
-    tensor    two sums over [B, T, D] a layer and pass
+    tensor    sums over [B, T, D] a layer: two forward, two backward, one more where attention's output is recomputed
     data      gradients of the trainables
     """
     mesh, decoder, data = experiment.mesh, experiment.model.decoder, experiment.data
@@ -73,7 +73,7 @@ def least_sent(experiment: Experiment, step: str, length: int, trained: dict, fr
         keys = 2 * rows * length * decoder.kv_heads * decoder.head_dim / sizes["tensor"] * 2
         sent["context"] += share["context"] * keys * decoder.layers * (2 + recomputed)
     tokens = rows * (length if step != "decode" else 1) / (sizes["context"] if training else 1)
-    sums = decoder.layers * 2 * (2 + recomputed if training else 1)
+    sums = decoder.layers * (4 + (experiment.train.remat != "none") if training else 2)
     sent["tensor"] += 2 * share["tensor"] * tokens * decoder.width * 2 * sums
     return {axis: sent[axis] for axis in sizes if sizes[axis] > 1}
 

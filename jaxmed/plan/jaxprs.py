@@ -128,7 +128,7 @@ def nbytes(aval: Any) -> int:
 def spec_axes(aval: Any) -> list[tuple[str, ...]]:
     """Mesh axes of each dimension."""
     sharding = getattr(aval, "sharding", None)
-    entries = list(sharding.spec) if sharding is not None and not sharding.mesh.empty else []
+    entries = list(sharding.spec.partitions) if sharding is not None and not sharding.mesh.empty else []
     entries += [None] * (len(getattr(aval, "shape", ())) - len(entries))
     return [() if e is None else e if isinstance(e, tuple) else (e,) for e in entries]
 
@@ -140,10 +140,18 @@ def explicit(aval: Any) -> bool:
     return sharding is None or sharding.mesh.empty or not any("Auto" in str(t) for t in sharding.mesh.axis_types)
 
 
+def unreduced(aval: Any) -> frozenset[str]:
+    """Mesh axes over whose shards an array is still to be summed."""
+    sharding = getattr(aval, "sharding", None)
+    return frozenset(sharding.spec.unreduced) if sharding is not None and not sharding.mesh.empty else frozenset()
+
+
 def gathers(eqn: Any) -> bool:
     """Whether a reshard fetches anything from other devices; cutting an array up does not."""
     before, after = eqn.invars[0].aval, eqn.outvars[0].aval
     if not (explicit(before) and explicit(after)):
         return False
+    if unreduced(before) - unreduced(after):
+        return True
     kept = [set(old) <= set(new) for old, new in zip(spec_axes(before), spec_axes(after), strict=True)]
     return not all(kept)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxmed.plan.jaxprs import Equation, equations, gathers, nbytes, spec_axes
+from jaxmed.plan.jaxprs import Equation, equations, gathers, nbytes, spec_axes, unreduced
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,12 @@ def _of(equation: Equation) -> Iterable[tuple[str, tuple[str, ...], Any, float]]
             yield "all-gather", lost, after, float(nbytes(after))
         if moved:
             yield "all-to-all", moved, after, float(max(nbytes(before), nbytes(after)))
+        if summed := unreduced(before) - unreduced(after):
+            yield "all-reduce", tuple(summed), after, float(nbytes(after))
     elif name == "dot_general":
         (contract, _), _ = eqn.params["dimension_numbers"]
         split = spec_axes(eqn.invars[0].aval)
-        summed = tuple(a for i in contract for a in split[i])
+        summed = tuple(a for i in contract for a in split[i] if a not in unreduced(eqn.outvars[0].aval))
         if summed:
             yield "all-reduce", summed, eqn.outvars[0].aval, float(nbytes(eqn.outvars[0].aval))
     elif name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"):

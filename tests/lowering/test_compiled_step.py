@@ -78,6 +78,13 @@ def test_no_collective_carries_a_gradient_of_a_frozen_weight(adapters):
     assert {(RANK, D), (HEADS * HEAD_DIM // 2, RANK)} <= reduced, "the adapters' gradients are summed"
 
 
+def test_tensor_shards_sum_a_layers_activations_five_times(adapters):
+    """After o and down, again after o where it is recomputed, and once for the gradients of q, k and v together and of gate and
+    up together: shards add those before they send them."""
+    sums = [shape for kind, inside, shape in adapters if kind in REDUCTIONS and inside and shape[1:] == (64, D)]
+    assert sums == [(1, 64, D)] * 5
+
+
 @pytest.mark.slow
 def test_full_training_does_sum_gradients_of_weights():
     """The control of the test above."""
