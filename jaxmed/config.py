@@ -192,9 +192,15 @@ class TrainConfig:
 @dataclass(frozen=True)
 class DataConfig:
     records: str = ""
-    """LLaVA-style JSON of conversations."""
+    """LLaVA-style JSON of conversations, a CSV of M3D, SAMF or CT-RATE, AMOS-MM's dataset.json, or a mixture of several; what
+    stands behind a colon says how it is read: M3D_Cap.json:train, dataset.json:training:vqa, reports.csv:regions."""
     eval_records: str = ""
     """Held-out records for the evaluation loss."""
+    prompts: str = ""
+    """File of requests for reports that have none of their own, one a line ({region} for a region's); training draws among
+    them, evaluation and generation ask with the first. "": a list that comes with jaxmed."""
+    region_weights: tuple[float, ...] = ()
+    """Shares of chest, abdomen and pelvis among the region reports of an epoch, such as 1 1 1; (): each report once."""
     embeddings: str = ""
     """Folder of .npz tokens, one file a volume."""
     volumes: str = ""
@@ -240,6 +246,9 @@ class DataConfig:
         ordered = len(self.buckets) > 0 and list(self.buckets) == sorted(set(self.buckets)) and self.buckets[0] > 0
         require(ordered, f"data.buckets is {self.buckets}; give at least one length, ascending")
         require(self.supervised >= 1, f"data.supervised is {self.supervised}; it must be at least 1")
+        weights = self.region_weights
+        shares = not weights or (len(weights) == 3 and min(weights) >= 0 and 0 < sum(weights) < math.inf)
+        require(shares, f"data.region_weights is {weights}; give a number for each of chest, abdomen and pelvis, such as 1 1 1")
         for name in ("threads", "prefetch"):
             require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}; it must not be negative")
 

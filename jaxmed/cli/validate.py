@@ -20,6 +20,7 @@ from jaxmed.checkpoint.multimodal_folders import resolve_folder
 from jaxmed.cli.validate_pairs import check_pairs, encoders_of, with_pretrained_tower
 from jaxmed.config import DataConfig, DecoderConfig, Experiment
 from jaxmed.data.inputs import TOKEN_KINDS
+from jaxmed.data.record_files import records_file
 from jaxmed.errors import UserError
 
 SHAPES = ("lora.rank", "lora.targets", "visual.features", "visual.norm", "visual.positions", "model.added_tokens")
@@ -236,9 +237,9 @@ def _check_places(experiment: Experiment) -> None:
     """Files and folders that the config names are there."""
     model, data = experiment.model, experiment.data
     if not data.records:
-        raise UserError("no records: give --data.records, a LLaVA-style JSON of conversations")
+        raise UserError("no records: give --data.records, a LLaVA-style JSON of conversations (or what --help names)")
     for name, path in (("records", data.records), ("eval-records", data.eval_records)):
-        if path and not os.path.isfile(path):
+        if path and not os.path.isfile(records_file(path)):
             raise UserError(f"--data.{name} {path}: no such file")
     folders = {f"data.{name}": getattr(data, name) for name in ("embeddings", "images", "volumes")}
     folders |= {f"model.{name}": getattr(model, name) for name in ("base", "tower_folder", "tokenizer")}

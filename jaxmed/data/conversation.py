@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxmed.config import Experiment
+from jaxmed.data.captions import read_prompts
 from jaxmed.data.examples import Example, TextOptions, text_options
 from jaxmed.data.masks import supervised
 from jaxmed.data.placeholders import as_upstream, encode_answered, encode_question, placeholder_warning
@@ -224,4 +225,4 @@ def reading_of(experiment: Experiment, upstream_exact: frozenset[str] = frozense
     """How a records file is read for this experiment."""
     data = experiment.data
     placeholders = find_template(data.template).mask == "m3d"
-    return Reading(data.missing_image_token, placeholders, upstream_exact)
+    return Reading(data.missing_image_token, placeholders, upstream_exact, prompts=read_prompts(data.prompts))

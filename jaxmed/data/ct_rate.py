@@ -42,13 +42,15 @@ def volume_path(volume: str) -> str:
     return os.path.join(patient, scan, name if "." in name else f"{name}.nii.gz")
 
 
-def flat_name(path: str) -> str:
-    """The bare file name of a `volume_path`, for folders that hold all volumes side by side; "" for other paths."""
-    folder, name = os.path.split(path)
+def flat_path(path: str) -> str:
+    """A path that ends in a `volume_path` without its two folders, where volumes lie side by side; "" for other paths."""
+    name = os.path.basename(path)
     try:
-        return name if volume_path(name) == os.path.join(*folder.split(os.sep)[-2:], name) else ""
-    except (UserError, TypeError):
+        nested = volume_path(name)
+    except UserError:
         return ""
+    above = path.removesuffix(nested)
+    return os.path.join(above, name) if above != path and above[-1:] in ("", os.sep) else ""
 
 
 def drafts(row: Mapping[str, Any], reading: Reading, classifier: RegionClassifier = lexicon) -> list[Draft]:

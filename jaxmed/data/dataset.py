@@ -4,17 +4,20 @@ What can be known without the values of the images is checked here, all of it in
 the image files, lengths, supervised tokens. Values (NaN, pixels) are checked when a file is read.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jaxmed.config import Experiment, VisualConfig
+from jaxmed.data.asking import asked_sizes, variants
 from jaxmed.data.conversation import TextOptions, check_template, encode_training, reading_of, text_options
 from jaxmed.data.examples import spliced_counts
 from jaxmed.data.input_files import ImageFile, check_files, expected_encoder
 from jaxmed.data.inputs import FOLDERS, TOKEN_KINDS, input_folder, input_path, token_count
+from jaxmed.data.mixture import GroupDraw, group_draw, read_mixture
 from jaxmed.data.plan import GlobalBatch, Plan, SampleSize, bucket_for, capacity, evaluation_plan
 from jaxmed.data.records import Record, load_records, where
-from jaxmed.data.sizes import Progress, TextSize, text_sizes
+from jaxmed.data.sizes import Progress, TextSize
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.errors import BadRecords, Problem, UserError
 
@@ -49,6 +52,8 @@ class Dataset:
     """Encoder of the token files: `visual.encoder`, else what the first signed file names, "" if there is none"""
     notices: tuple[str, ...] = field(default=())
     """What the user should be told once"""
+    draw: GroupDraw | None = None
+    """Which samples an epoch has, where that is not every sample once"""
 
     @property
     def sizes(self) -> tuple[SampleSize, ...]:
@@ -56,7 +61,7 @@ class Dataset:
 
     def plan(self) -> Plan:
         """The training plan, by step."""
-        return Plan(self.sizes, self.experiment.data, images_per_row(self.experiment), self.experiment.train.seed)
+        return Plan(self.sizes, self.experiment.data, images_per_row(self.experiment), self.experiment.train.seed, self.draw)
 
     def evaluation_plan(self) -> list[GlobalBatch]:
         """Every sample once, without shuffling."""
@@ -75,7 +80,7 @@ def scan(experiment: Experiment, tokenizer: Tokenizer, records_path: str, progre
     records, problems = load_records(records_path, reading_of(experiment))
     folder = input_folder(data, visual)
     _check_folder(records, records_path, folder, experiment)
-    texts = text_sizes(records, records_path, tokenizer, data.template, progress, options)
+    texts = asked_sizes(records, records_path, tokenizer, data.template, progress, options)
     paths = [tuple(input_path(folder, image, visual) for image in record.images) for record in records]
     wanted = [path for group in paths for path in group]
     files = check_files(wanted, visual, records_path)
@@ -97,11 +102,18 @@ def scan(experiment: Experiment, tokenizer: Tokenizer, records_path: str, progre
         raise BadRecords(problems)
     if not samples:
         raise UserError(_nothing_left(records_path, problems, voided))
-    return Dataset(experiment, tokenizer, tuple(samples), tuple(problems), tuple(voided), encoder, _notices(files, visual))
+    notices, draw = _notices(files, visual), sample_draw([sample.record for sample in samples], records_path, experiment)
+    return Dataset(experiment, tokenizer, tuple(samples), tuple(problems), tuple(voided), encoder, notices, draw)
+
+
+def sample_draw(records: Sequence[Record], records_path: str, experiment: Experiment) -> GroupDraw | None:
+    """What an epoch takes of these usable records of a file, where that is not each of them once."""
+    keys = [(record.dataset, record.region) for record in records]
+    return group_draw(keys, read_mixture(records_path), experiment.data.region_weights)
 
 
 def _check_folder(records: list[Record], records_path: str, folder: str, experiment: Experiment) -> None:
-    with_images = sum(1 for record in records if record.images)
+    with_images = sum(1 for record in records if not all(map(os.path.isabs, record.images)))
     if with_images and experiment.visual.kind != "none" and not folder:
         field = FOLDERS[experiment.visual.kind]
         what = {"embeddings": "tokens", "images": "files", "volumes": "volumes"}[field]
@@ -137,7 +149,8 @@ def _sample(
     grids = [files[path].grid for path in paths]
     tokens = tuple(token_count(grid, experiment.visual) for grid in grids)
     places = tuple(experiment.places(count, grid) for count, grid in zip(tokens, grids, strict=True))
-    length, supervised = spliced_size(record, text, places, experiment, tokenizer, options)
+    sizes = [spliced_size(each, text, places, experiment, tokenizer, options) for each in variants(record, tokenizer)]
+    length, supervised = (max(size) for size in zip(*sizes, strict=True))
     return Sample(record, SampleSize(length, supervised, len(tokens), text.words), paths, tokens, places)
 
 

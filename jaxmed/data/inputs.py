@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxmed.config import DataConfig, VisualConfig
 from jaxmed.data import embeddings, images, slices
+from jaxmed.data.ct_rate import flat_path
 from jaxmed.data.embeddings import Grid
 from jaxmed.data.prepare import Frame, Prepared
 from jaxmed.data.volume_cache import prepared
@@ -91,8 +92,20 @@ def input_folder(data: DataConfig, visual: VisualConfig) -> str:
 
 
 def input_path(folder: str, name: str, visual: VisualConfig) -> str:
-    """The file that a record's `image` means: token files by upstream's rule, others in the folder or where they say."""
-    return embeddings.npz_path(folder, name) if visual.kind in TOKEN_KINDS else os.path.join(folder, name)
+    """The file that a record's `image` means: token files by upstream's rule, others in the folder or where they say. Volumes
+    of CT-RATE may lie side by side."""
+    found, flat = _path(folder, name, visual), flat_path(name)
+    if not flat or os.path.exists(found):
+        return found
+    beside = _path(folder, flat, visual)
+    return beside if os.path.exists(beside) else found
+
+
+def _path(folder: str, name: str, visual: VisualConfig) -> str:
+    if visual.kind not in TOKEN_KINDS:
+        return os.path.join(folder, name)
+    own = embeddings.npz_name(name)
+    return own if os.path.isabs(own) and os.path.exists(own) else embeddings.npz_path(folder, name)
 
 
 def check_header(path: str, visual: VisualConfig) -> str:

@@ -7,6 +7,7 @@ Axis letters: R rows of the batch, D, H, W depth, rows and columns of a volume, 
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,10 @@ import numpy as np
 from jaxmed.config import DataConfig, Experiment
 from jaxmed.data.augment import augment
 from jaxmed.data.conversation import reading_of
+from jaxmed.data.dataset import sample_draw
 from jaxmed.data.input_files import check_files
 from jaxmed.data.inputs import input_folder, input_path, read_input
+from jaxmed.data.mixture import GroupDraw
 from jaxmed.data.plan import GlobalBatch, Plan, SampleSize, evaluation_plan
 from jaxmed.data.records import Record, load_records, where
 from jaxmed.data.rows import Arrays
@@ -50,10 +53,12 @@ class PairSet:
     voided: tuple[Problem, ...] = ()
     encoder: str = ""
     notices: tuple[str, ...] = ()
+    draw: GroupDraw | None = None
+    """Which pairs an epoch has, where that is not every pair once"""
 
     def plan(self) -> Plan:
         """The training plan, by step: every row holds one pair."""
-        return Plan(self._sizes, self._data, 1, self.experiment.train.seed)
+        return Plan(self._sizes, self._data, 1, self.experiment.train.seed, self.draw)
 
     def evaluation_plan(self) -> list[GlobalBatch]:
         """Every pair once, in the order of the file."""
@@ -118,7 +123,7 @@ def scan_pairs(experiment: Experiment, tokenizer: Tokenizer, records_path: str) 
     reading = dataclasses.replace(reading_of(experiment), missing_image_token="prepend", placeholders=False)
     records, problems = load_records(records_path, reading)
     folder = input_folder(data, visual)
-    if not folder:
+    if not folder and not all(os.path.isabs(image) for record in records for image in record.images):
         raise UserError(f"{records_path}: give the folder of the volumes, --data.volumes")
     paths = [input_path(folder, record.images[0], visual) if record.images else "" for record in records]
     files = check_files([path for path in paths if path], visual, records_path)
@@ -134,7 +139,8 @@ def scan_pairs(experiment: Experiment, tokenizer: Tokenizer, records_path: str) 
         raise BadRecords(problems)
     if not samples:
         raise UserError(f"{records_path}: no record is a pair of a volume and a report; the first: {problems[0]}")
-    return PairSet(experiment, tokenizer, tuple(samples), tuple(problems))
+    draw = sample_draw([pair.record for pair in samples], records_path, experiment)
+    return PairSet(experiment, tokenizer, tuple(samples), tuple(problems), draw=draw)
 
 
 def _faults(record: Record, text: str) -> list[str]:

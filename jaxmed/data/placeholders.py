@@ -36,8 +36,9 @@ def encode_answered(record: Record, tokenizer: Tokenizer, options: TextOptions) 
     question = behind_placeholders(record.turns[0].value, len(record.images), options)
     answer = record.turns[1].value if len(record.turns) == 2 else ""
     ids = tokenizer.encode(f"{question} {answer}", max_length=options.max_length)
-    asked = len(tokenizer.encode(question, max_length=options.max_length))
-    valid = len(ids)
+    alone = tokenizer.encode(question, max_length=options.max_length)
+    asked, valid = len(alone), len(ids)
+    joined = ids[:asked] != alone
     pad, end = _padding(tokenizer, options), end_id(tokenizer)
     is_cut = 0 < options.max_length <= valid
     ids = np.array(ids if is_cut else [*ids, end], np.int32)
@@ -51,6 +52,11 @@ def encode_answered(record: Record, tokenizer: Tokenizer, options: TextOptions) 
         labels = np.concatenate([labels, np.full(more, IGNORE, np.int32)])
     start = image_start(ids, len(record.images), tokenizer, options)
     reason = _void_reason(labels, answer, len(record.images), start, len(ids), options)
+    if joined and not reason:
+        reason = (
+            f"the tokenizer joins the end of its question ({question[-12:]!r}) with its answer, so that it "
+            "cannot be told where the answer begins; take blanks off the question's end"
+        )
     return Example(ids, np.full_like(labels, IGNORE) if reason else labels, reason, start)
 
 

@@ -163,13 +163,6 @@ def settle(record: Record, missing: MissingImageToken) -> Record:
     return dataclasses.replace(record, turns=(first, *others))
 
 
-def asked_with(record: Record, prompt: str) -> Record:
-    """A record that has no question of its own, asked with another of its prompts."""
-    first, *others = record.turns
-    question = first.value.removesuffix(record.prompts[0]) + prompt
-    return dataclasses.replace(record, turns=(Turn(first.role, question), *others))
-
-
 def records_from_dict(d: Any, row: int = 0, source: str = "", reading: Reading = AS_LLAVA) -> list[Record | UserError]:
     """The records of one JSON object or of one row of a table, in their order, and in place of a record that cannot be used
     what is wrong with it: an entry of AMOS-MM has several."""
@@ -232,13 +225,16 @@ def _record(draft: Draft | Mapping[str, Any], row: int, source: str, reading: Re
     return record
 
 
-def records_from_rows(rows: Sequence[Mapping[str, Any]], source: str = "", reading: Reading = AS_LLAVA) -> list[Record]:
-    """All records of rows or JSON objects; RecordError or UserError for one that cannot be used."""
-    found = [each for number, row in enumerate(rows) for each in records_from_dict(row, number, source, reading)]
-    for each in found:
-        if isinstance(each, UserError):
-            raise each
-    return found
+def known_records(values: Sequence[Mapping[str, Any] | Record], reading: Reading = AS_LLAVA) -> list[Record]:
+    """The records of rows or JSON objects (an entry of AMOS-MM makes several), and such as are records already; RecordError or
+    UserError for one that cannot be used."""
+    records: list[Record] = []
+    for row, value in enumerate(values):
+        for each in [value] if isinstance(value, Record) else records_from_dict(value, row, "", reading):
+            if isinstance(each, UserError):
+                raise each
+            records.append(each)
+    return records
 
 
 def load_records(path: str, reading: Reading = AS_LLAVA) -> tuple[list[Record], list[Problem]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxmed.config import Experiment
+from jaxmed.data.asking import drawn
 from jaxmed.data.augment import augment
 from jaxmed.data.conversation import Example, encode_training, text_options
 from jaxmed.data.dataset import Dataset, Sample, images_per_row
@@ -40,7 +41,8 @@ def load_sample(dataset: Dataset, sample: Sample, key: tuple[int, int, int]) -> 
     """Reads the sample's files; UserError names the file. `key`: of what is drawn for it, see GlobalBatch.key."""
     experiment = dataset.experiment
     kind = experiment.visual.prepare.augment if experiment.visual.kind == "volumes" else "none"
-    example = encode_training(sample.record, dataset.tokenizer, experiment.data.template, text_options(experiment))
+    record = drawn(sample.record, experiment.train.seed, key)
+    example = encode_training(record, dataset.tokenizer, experiment.data.template, text_options(experiment))
     images = []
     for path, tokens in zip(sample.paths, sample.tokens, strict=True):
         image = read_input(path, experiment.visual)

@@ -23,7 +23,7 @@ from jaxmed.data.tokenizer import IMAGE_ID, Tokenizer
 from jaxmed.errors import UserError
 
 # Raise it when templates, masks or normalisation change what a text's sizes are.
-VERSION = "3"
+VERSION = "4"
 READERS = 8
 PIECE = 256
 Stamped = tuple[tuple[int, int], Header]
@@ -65,7 +65,7 @@ def _digest(records: Sequence[Record]) -> str:
     """What the sizes depend on; more than the file itself can (captions in files of their own)."""
     texts = hashlib.sha256()
     for record in records:
-        texts.update(json.dumps([record.row, record.images, [(turn.role, turn.value) for turn in record.turns]]).encode())
+        texts.update(json.dumps([record.images, [(turn.role, turn.value) for turn in record.turns]]).encode())
     return texts.hexdigest()
 
 
@@ -84,31 +84,28 @@ def text_sizes(
     key = hashlib.sha256("\n".join(names).encode()).hexdigest()
     stored = cache.read(path, "lengths", key)
     if stored:
-        known = _unpack(stored)
-        if all(record.row in known for record in records):
-            return [known[record.row] for record in records]
+        return _unpack(stored)
     sizes = []
     for done, record in enumerate(records, 1):
         sizes.append(measure(record, tokenizer, template, options))
         if progress and (done % 256 == 0 or done == len(records)):
             progress(done, len(records))
-    cache.write(path, "lengths", key, _pack(records, sizes))
+    cache.write(path, "lengths", key, _pack(sizes))
     return sizes
 
 
-def _pack(records: Sequence[Record], sizes: Sequence[TextSize]) -> dict[str, np.ndarray]:
-    numbers = [(r.row, s.length, s.supervised, s.places, s.words) for r, s in zip(records, sizes, strict=True)]
-    void = [(r.row, s.voided) for r, s in zip(records, sizes, strict=True) if s.voided]
+def _pack(sizes: Sequence[TextSize]) -> dict[str, np.ndarray]:
+    void = [(place, s.voided) for place, s in enumerate(sizes) if s.voided]
     return {
-        "numbers": np.array(numbers, np.int64).reshape(-1, 5),
-        "void_rows": np.array([row for row, _ in void], np.int64),
+        "numbers": np.array([(s.length, s.supervised, s.places, s.words) for s in sizes], np.int64).reshape(-1, 4),
+        "void_places": np.array([place for place, _ in void], np.int64),
         "void_reasons": np.array([reason for _, reason in void], np.str_),
     }
 
 
-def _unpack(stored: dict[str, np.ndarray]) -> dict[int, TextSize]:
-    void = dict(zip(stored["void_rows"].tolist(), stored["void_reasons"].tolist(), strict=True))
-    return {row: TextSize(*sizes, void.get(row, "")) for row, *sizes in stored["numbers"].tolist()}
+def _unpack(stored: dict[str, np.ndarray]) -> list[TextSize]:
+    void = dict(zip(stored["void_places"].tolist(), stored["void_reasons"].tolist(), strict=True))
+    return [TextSize(*numbers, void.get(place, "")) for place, numbers in enumerate(stored["numbers"].tolist())]
 
 
 def read_headers(paths: Sequence[str], records_path: str) -> dict[str, Header | UserError]:

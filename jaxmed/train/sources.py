@@ -5,6 +5,7 @@ import hashlib
 import os
 
 from jaxmed.config import Experiment
+from jaxmed.data.ct_rate import check_patients
 from jaxmed.data.dataset import Dataset, scan
 from jaxmed.data.pairs import PairSet, scan_pairs
 from jaxmed.data.plan import Plan
@@ -35,10 +36,14 @@ def open_data(experiment: Experiment, out: str) -> Sources:
     with together():
         tokenizer = open_tokenizer(experiment)
         train, held_out = _scan_both(experiment, tokenizer)
+    _check_patients(experiment, train, held_out)
     for text in dict.fromkeys(train.notices + (held_out.notices if held_out else ())):
         say(text)
+    if train.draw:
+        say(train.draw.describe())
     fill_volumes(experiment, [found for found in (train, held_out) if found])
-    digest = hashlib.sha256(repr([(s.record.id, s.size) for s in train.samples]).encode()).hexdigest()
+    drawn = repr(train.draw) if train.draw else ""
+    digest = hashlib.sha256((repr([(s.record.id, s.size) for s in train.samples]) + drawn).encode()).hexdigest()
     folder = os.path.join(out, "tokenizer")
     if is_first() and not os.path.exists(folder):
         tokenizer.save(f"{folder}.part")
@@ -64,6 +69,12 @@ def _scan_both(experiment: Experiment, tokenizer: Tokenizer) -> tuple[Dataset | 
     if problems:
         raise BadRecords(problems)
     return train, held_out
+
+
+def _check_patients(experiment: Experiment, train: Dataset | PairSet, held_out: Dataset | PairSet | None) -> None:
+    """No patient's records on both sides, where the data set names patients."""
+    sides = [[sample.record.patient for sample in found.samples] if found else [] for found in (train, held_out)]
+    check_patients(*sides, (experiment.data.records, experiment.data.eval_records))
 
 
 def open_tokenizer(experiment: Experiment) -> Tokenizer:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxmed.data.captions import CAPTION_PROMPTS, Prompts
-from jaxmed.data.records import Reading, load_records, record_from_dict, records_from_rows
+from jaxmed.data.records import Reading, known_records, load_records, record_from_dict
 from jaxmed.data.tables import draft_of, kind_of, parse_report
 from jaxmed.errors import UserError
 
@@ -53,7 +53,7 @@ def test_rows_of_each_table(tmp_path):
 def test_a_caption_has_its_own_question_or_those_of_a_list_of_which_the_first_is_asked():
     rows = [{"image": "a", "caption": "A."}, {"image": "b", "caption": "B.", "question": "What is it?"}] * 2
     prompts = ("One.", "Two.", "Three.")
-    records = records_from_rows(rows, reading=Reading(placeholders=True, prompts=Prompts(prompts)))
+    records = known_records(rows, Reading(placeholders=True, prompts=Prompts(prompts)))
     assert texts(records) == [("One.", "A."), ("What is it?", "B.")] * 2
     assert [record.prompts for record in records] == [prompts, ()] * 2
     assert len(set(CAPTION_PROMPTS)) == len(CAPTION_PROMPTS) >= 40
