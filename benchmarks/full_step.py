@@ -9,7 +9,9 @@ full.
 
 import argparse
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 
 import common
 import jax
@@ -80,12 +82,17 @@ def fill(program: Program, compiled: jax.stages.Compiled, experiment: Experiment
         if last in host and host[last].shape == leaf.shape:
             value = jax.device_put(host[last].astype(leaf.dtype), place)
         elif jnp.issubdtype(leaf.dtype, jnp.floating) and "norm" not in name:
-            draw = jax.jit(lambda key, leaf=leaf: 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype), out_shardings=place)
-            value = draw(key)
+            value = drawing(leaf.shape, leaf.dtype, place)(key)
         else:
             value = jax.device_put(jnp.ones(leaf.shape, leaf.dtype), place)
         filled.append(value)
     return jax.tree.unflatten(tree, filled)
+
+
+@functools.cache
+def drawing(shape: tuple[int, ...], dtype: jnp.dtype, place: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    """One compilation for all leaves that are alike."""
+    return jax.jit(lambda key: 0.02 * jax.random.normal(key, shape, dtype), out_shardings=place)
 
 
 def rows_of(experiment: Experiment, args: argparse.Namespace) -> dict[str, np.ndarray]:
