@@ -101,7 +101,7 @@ def series_slices(folder: str, series: str) -> tuple[list[Slice], list[str]]:
     slices = [_slice(head) for head in chosen]
     notices = []
     if others := others + len(heads) - len(images):
-        notices.append(f"{others} files that are no DICOM image are left out")
+        notices.append(f"{others} file(s) that are no DICOM image are left out")
     if scouts := [one for one in slices if one.localizer]:
         slices = [one for one in slices if not one.localizer]
         notices.append(f"{len(scouts)} localizer image(s) left out ({scouts[0].name})")

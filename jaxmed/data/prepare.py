@@ -86,9 +86,9 @@ class Prepared:
     frame: Frame
 
 
-def prepare(path: str, visual: VisualConfig) -> Prepared:
+def prepare(path: str | os.PathLike, visual: VisualConfig) -> Prepared:
     """Reads a NIfTI file or a folder of slices and prepares it as `visual.prepare` says. UserError names the file."""
-    config = visual.prepare
+    path, config = os.fspath(path), visual.prepare
     raw = read_raw(path, config)
     preset, recipe = chosen(config, raw.kind)
     voxels, spacing, axes = view(raw, recipe.axes)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxmed.config import Experiment
+from jaxmed.config import Experiment, VisualConfig
 from jaxmed.data.asking import drawn
-from jaxmed.data.augment import augment
+from jaxmed.data.augment import Augment, augment
 from jaxmed.data.conversation import Example, encode_training, text_options
 from jaxmed.data.dataset import Dataset, Sample, images_per_row
 from jaxmed.data.inputs import VisualInput, image_array_shape, read_input, token_count
@@ -37,10 +37,15 @@ class Loaded:
     """Tokens of each image before the projector"""
 
 
+def augmentation(visual: VisualConfig) -> Augment:
+    """How volumes are changed in training. Tokens of a tower that was run before stay as they are."""
+    return visual.prepare.augment if visual.kind == "volumes" else "none"
+
+
 def load_sample(dataset: Dataset, sample: Sample, key: tuple[int, int, int]) -> Loaded:
     """Reads the sample's files; UserError names the file. `key`: of what is drawn for it, see GlobalBatch.key."""
     experiment = dataset.experiment
-    kind = experiment.visual.prepare.augment if experiment.visual.kind == "volumes" else "none"
+    kind = augmentation(experiment.visual)
     record = drawn(sample.record, experiment.train.seed, key)
     example = encode_training(record, dataset.tokenizer, experiment.data.template, text_options(experiment))
     images = []

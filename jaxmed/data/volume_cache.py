@@ -147,10 +147,9 @@ def _tuples(value: object) -> object:
 
 def _write(place: str, found: Prepared) -> None:
     about = json.dumps({"notices": found.notices, "frame": dataclasses.asdict(found.frame)})
-    unfinished = f".{os.getpid()}-{threading.get_ident()}.part"
+    unfinished, described = f".{os.getpid()}-{threading.get_ident()}.part", f"{place.removesuffix('.npy')}.json"
     try:
         os.makedirs(os.path.dirname(place), exist_ok=True)
-        described = f"{place.removesuffix('.npy')}.json"
         with open(described + unfinished, "w", encoding="utf-8") as file:
             file.write(about)
         os.replace(described + unfinished, described)

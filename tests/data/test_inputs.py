@@ -106,7 +106,7 @@ def test_volumes_that_cannot_be_used(tmp_path, capsys):
         "whole.npy": "values of type int16",
         "objects.npy": "shape (1,)",
         "text.npy": "not a readable .npy file",
-        "scan.nii.gz": "is a NIfTI file; visual.kind volumes takes volumes prepared for the tower, .npy",
+        "scan.nii.gz": "not a readable NIfTI file",
         "cut.npy": "is cut short",
         "gone.npy": "no such file",
     }.items():
