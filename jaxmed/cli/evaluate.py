@@ -1,4 +1,7 @@
-"""`jaxmed evaluate X_vqa.json --records J --out DIR`: scores.json, scores.csv, report.html and a table on the terminal."""
+"""`jaxmed evaluate X_vqa.json --records J --out DIR`: scores.json, scores.csv, report.html and a table on the terminal.
+
+With several files of answers to the same records, the runs are compared instead (jaxmed.cli.compare).
+"""
 
 import json
 from collections.abc import Mapping
@@ -12,16 +15,29 @@ import rich.markup
 import tyro
 from rich.table import Table
 
-from jaxmed.cli import common
-from jaxmed.data.records import Reading, load_records
+from jaxmed.cli import common, scoring
+from jaxmed.data.record_files import records_file
+from jaxmed.data.records import Reading, Record, load_records
 from jaxmed.data.volumes import Override
-from jaxmed.errors import BadRecords, UserError
-from jaxmed.evaluate import scores as scoring
+from jaxmed.errors import BadRecords, Problem, UserError
+from jaxmed.evaluate import parts as parting
+from jaxmed.evaluate import scores as scored
 from jaxmed.evaluate import studies as pairing
-from jaxmed.evaluate import text
 from jaxmed.report import evaluation
 
-HELP = "Score generated reports against the references; writes scores.json, scores.csv and report.html"
+HELP = (
+    "Score generated reports and answers against the references, or compare runs; writes scores.json, scores.csv, report.html"
+)
+
+DESCRIPTION = """Score generated reports and answers; writes scores.json, scores.csv and report.html into --out.
+
+Reports of regions and multiple choice are told from the records; GREEN needs a judge (--judge, --judge-requests), BERTScore an
+encoder (--bertscore). With several files of answers to the same records the runs are compared, each with the first:
+differences with intervals and p by paired resamples of the studies, wins and losses, and the studies where they differ most
+(comparison.json, comparison.csv, comparison.html).
+
+    jaxmed evaluate reports_vqa.json --records valid.json --out scores/
+    jaxmed evaluate before_vqa.json after_vqa.json --records dataset.json:validation --out before_after/"""
 
 SKIPPED = "skipped.jsonl"
 
@@ -31,7 +47,7 @@ class Args:
     answers: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="X_vqa.json")]
     """The file that `jaxmed generate` wrote"""
     records: str
-    """JSON of the records it was written from; their answers are the references"""
+    """File of the records it was written from, as `jaxmed generate` had it; their answers are the references"""
     out: str
     """Folder for scores.json, scores.csv and report.html"""
     control: str = ""
@@ -46,11 +62,14 @@ class Args:
     """Which rule gives the slices' Hounsfield units"""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """A record that cannot be used: stop and list them all, or go on without (listed in OUT/skipped.jsonl)"""
-    resamples: int = scoring.RESAMPLES
+    resamples: int = scored.RESAMPLES
     """Resamples of the studies behind the 95% intervals"""
     seed: int = 0
     """Seed of the resamples"""
+    others: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[Y_vqa.json ...]")] = ()
+    """More such files, to compare them with the first"""
     page: evaluation.PageLimits = field(default_factory=evaluation.PageLimits)
+    scores: Annotated[scoring.ScoringArgs, tyro.conf.arg(name="")] = field(default_factory=scoring.ScoringArgs)
 
 
 def written_with(path: str) -> str | None:
@@ -74,49 +93,64 @@ def _control(args: Args, studies: list[pairing.Study], notices: list[str]) -> tu
     return pairing.control_answers(args.control, studies), args.control_kind or found or ""
 
 
-def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -> scoring.Scores:
+def read_records(args: Args) -> tuple[list[Record], list[Problem]]:
+    """The records, and those that cannot be used."""
+    # where an image would stand in the text is nothing to a score
+    table = records_file(args.records).lower().endswith(".csv")
+    records, problems = load_records(args.records, Reading("prepend", placeholders=table))
+    if problems and args.on_bad_record == "stop":
+        raise BadRecords(problems)
+    return records, problems
+
+
+def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -> scored.Scores:
     """Scores, writes the three files and prints the table. `extra`: named figures that the page shows as further tables,
     {title: {row: number or text, or {column: number or text}}}."""
     if args.resamples < 1:
         raise UserError(f"--resamples is {args.resamples}; give at least 1")
-    # where an image would stand in the text is nothing to a score
-    table = args.records.lower().endswith(".csv")
-    records, problems = load_records(args.records, Reading("prepend", placeholders=table))
-    if problems and args.on_bad_record == "stop":
-        raise BadRecords(problems)
+    out, skip = Path(args.out), args.on_bad_record == "skip"
+    records, problems = read_records(args)
     studies, notices = pairing.pair(pairing.read_answers(args.answers), records, args.answers)
+    control, kind = _control(args, studies, notices)
+    rule = scoring.choice_rule(args.scores)
+    judging = scoring.Judging(args.scores, out, skip, notices)
+    scorers, encoder = scoring.scorers(args.scores, notices)
+    judged, unjudged = judging.of(studies)
+    judging.finish()
+    problems = [*problems, *unjudged]
     if problems:
         count = f"{len(problems)} record{'s' if problems[1:] else ''}"
-        notices.append(f"{count} cannot be used, {Path(args.out) / SKIPPED} says which and why; the first: {problems[0]}")
-    control, kind = _control(args, studies, notices)
-    if not text.meteor_available():
-        notices.append("METEOR is left out: nltk's WordNet is not installed here, and nothing is downloaded.")
-    scores = scoring.score(studies, control, kind, args.resamples, args.seed)
-    out = Path(args.out)
+        notices.append(f"{count} cannot be used, {out / SKIPPED} says which and why; the first: {problems[0]}")
+    scores = scored.score(studies, control, kind, args.resamples, args.seed, scorers)
+    parts = parting.parts(studies, scores.statistics, judged, rule, args.resamples, args.seed)
+    choice_control = parting.control_of(studies, parts, control, args.resamples, args.seed) if control else None
     try:
         out.mkdir(parents=True, exist_ok=True)
-        scoring.write_json(out / "scores.json", scores)
-        scoring.write_csv(out / "scores.csv", studies, scores)
-        if problems:
-            rows = (json.dumps({"where": problem.where, "what": problem.what}) + "\n" for problem in problems)
-            (out / SKIPPED).write_text("".join(rows), encoding="utf-8")
-        facts = [("Studies", f"{len(studies):,}"), ("Answers", args.answers), ("Records", args.records)]
+        more = parting.to_json(parts, choice_control) | ({"bertscore": encoder} if encoder else {})
+        scored.write_json(out / "scores.json", scores, more)
+        scored.write_csv(out / "scores.csv", studies, scores, parting.columns(parts, studies))
+        write_skipped(out, problems)
+        facts = [("Studies", f"{scores.units:,}"), ("Answers", args.answers), ("Records", args.records)]
         facts += [("Control", f"{args.control}{f' ({kind})' if kind else ''}")] if args.control else []
         options = evaluation.PageOptions(args.volumes, args.metadata, args.hu, args.page)
         title = f"Evaluation of {Path(args.answers).name}"
-        notices += evaluation.write_page(out / "report.html", studies, scores, title, facts, notices, options, extra)
+        beside = evaluation.Beside(parts, choice_control, encoder, args.resamples)
+        notices += evaluation.write_page(out / "report.html", studies, scores, title, facts, notices, options, extra, beside)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out or free space") from error
-    _print(scores, notices, out)
+    _print(scores, parts, notices, out)
     return scores
 
 
-def _print(scores: scoring.Scores, notices: list[str], out: Path) -> None:
+def write_skipped(out: Path, problems: list[Problem]) -> None:
+    if problems:
+        rows = (json.dumps({"where": problem.where, "what": problem.what}) + "\n" for problem in problems)
+        (out / SKIPPED).write_text("".join(rows), encoding="utf-8")
+
+
+def _print(scores: scored.Scores, parts: parting.Parts, notices: list[str], out: Path) -> None:
     control = scores.control
-    table = Table(title=f"{len(scores.per_study):,} studies", title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("score", no_wrap=True)
-    for name in ("corpus", "95% interval", "always the\ncommonest"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table(f"{scores.units:,} studies", "score", "corpus", "95% interval", "always the\ncommonest")
     for name in ("wrong\nimages", "drop", "95% interval") if control else ():
         table.add_column(name, justify="right", no_wrap=True)
     for name, value in scores.corpus.items():
@@ -127,13 +161,45 @@ def _print(scores: scoring.Scores, notices: list[str], out: Path) -> None:
             row += [f"{control.corpus[name]:.3f}", f"{control.drop[name]:.3f}", f"{d_low:.2f} to {d_high:.2f}"]
         table.add_row(*row)
     rich.print(table)
-    for line in evaluation.verdicts(scores):
+    _print_parts(parts)
+    for line in evaluation.verdicts(scores, parts=parts):
         rich.print(f"[bold]{line.head}[/bold]", line.text)
     for notice in notices:
         rich.print("[dim]Notice:[/dim]", rich.markup.escape(notice))
     rich.print(f"Wrote {rich.markup.escape(str(out))}/scores.json, scores.csv and report.html")
 
 
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    return table
+
+
+def _print_parts(parts: parting.Parts) -> None:
+    """Regions and types as lines, scores as columns; then what judges said of all."""
+    for group in evaluation.group_tables(parts):
+        table = _table(
+            group["title"].lower(), group["first"].lower(), "records", *(c.replace(" ", "\n") for c in group["columns"])
+        )
+        for name, size, cells in group["rows"]:
+            table.add_row(name, f"{size:,}", *(f"{cell['value']:.3f}" if cell else "" for cell in cells))
+        rich.print(table)
+    for one in parts.judged:
+        if one.measure in parts.figures:
+            figure = parts.figures[one.measure]
+            (low, high), label = figure.interval, evaluation.LABELS[one.measure]
+            said = f"{one.answered:,} of {one.asked:,} answers judged by {rich.markup.escape(one.judge)}"
+            rich.print(f"[bold]{label}[/bold] {figure.value:.3f}, 95% interval {low:.3f} to {high:.3f}; {said}")
+
+
 def run(argv: list[str]) -> int:
-    evaluate(common.parse(Args, argv, prog="jaxmed evaluate", description=HELP))
+    args = common.parse(Args, argv, prog="jaxmed evaluate", description=DESCRIPTION)
+    if args.others:
+        # imported late: it imports this module
+        from jaxmed.cli.compare import compare
+
+        compare(args)
+    else:
+        evaluate(args)
     return 0

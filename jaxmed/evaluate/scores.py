@@ -5,13 +5,16 @@ several questions counts once, as the mean over its answers). Intervals are the 
 drawn with replacement by a seed; a control is resampled with the same draws, so that its drop is that of paired differences.
 All of it is a product of a matrix of draws [R, S] with per-study statistics.
 
-Axis letters: S studies, R resamples, K the scores that are means (ROUGE, and METEOR where it can be had).
+Where records are parts of what is asked about one volume (its regions, multiple choice), what is resampled is the volume
+with all its records: `units` says which records belong together.
+
+Axis letters: S studies (records), R resamples, K the scores that are means (ROUGE, METEOR, BERTScore where it can be had).
 """
 
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from jaxmed.evaluate.studies import Study
 RESAMPLES = 1000
 CHUNK = 50
 """Resamples whose draws exist at once: 50 of 50,000 studies are 20 MB."""
+TOGETHER = 512
+"""Pairs of texts that a scorer prepares at once"""
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,11 @@ class Control:
 
 @dataclass(frozen=True)
 class Scores:
-    """Everything that the files and the page say."""
+    """Everything that the files and the page say of texts."""
 
+    statistics: Statistics
+    units: int
+    """What was resampled: studies, or volumes with several records"""
     per_study: list[dict[str, float]]
     """One dict a study, in their order"""
     corpus: dict[str, float]
@@ -69,17 +77,24 @@ class Scores:
     control: Control | None
 
 
-def statistics(answers: list[tuple[str, ...]], references: list[tuple[str, ...]]) -> Statistics:
-    """Reads every pair once; all that follows is arithmetic."""
-    use_meteor = text.meteor_available()
-    bleu, means = [], []
-    for ours, theirs in zip(answers, references, strict=True):
-        pairs = list(zip(ours, theirs, strict=True))
-        bleu.append(np.sum([text.bleu_statistics(*pair) for pair in pairs], axis=0))
-        rows = [text.rouge(*pair) + ((text.meteor(*pair),) if use_meteor else ()) for pair in pairs]
-        means.append(np.mean(rows, axis=0))
-    names = text.ROUGE + ((text.METEOR,) if use_meteor else ())
-    return Statistics(np.array(bleu), np.array(means), names)
+def statistics(
+    answers: Sequence[tuple[str, ...]], references: Sequence[tuple[str, ...]], scorers: Sequence[text.Scorer] | None = None
+) -> Statistics:
+    """Reads every pair once; all that follows is arithmetic. `scorers`: those beside BLEU and ROUGE (None: METEOR's)."""
+    scorers = text.scorers() if scorers is None else scorers
+    pairs = [list(zip(ours, theirs, strict=True)) for ours, theirs in zip(answers, references, strict=True)]
+    distinct = list(dict.fromkeys(pair for row in pairs for pair in row))  # letters and "Normal." come over and over
+    found: dict[tuple[str, str], tuple[np.ndarray, list[float]]] = {}
+    for start in range(0, len(distinct), TOGETHER):
+        group = distinct[start : start + TOGETHER]
+        for scorer in scorers:
+            scorer.prepare(one for pair in group for one in pair)
+        for pair in group:
+            found[pair] = text.bleu_statistics(*pair), [*text.rouge(*pair), *(scorer(*pair) for scorer in scorers)]
+    rows = [[found[pair] for pair in row] for row in pairs]
+    bleu = [np.sum([one for one, _ in row], axis=0) for row in rows]
+    means = [np.mean([one for _, one in row], axis=0) for row in rows]
+    return Statistics(np.array(bleu), np.array(means), text.ROUGE + tuple(scorer.name for scorer in scorers))
 
 
 def _named(bleu: np.ndarray, means: np.ndarray, names: tuple[str, ...], single: bool) -> dict[str, np.ndarray]:
@@ -106,15 +121,34 @@ def draws(studies: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield np.stack([np.bincount(row, minlength=studies) for row in picks])
 
 
-def resampled(stats: Statistics, resamples: int, seed: int) -> dict[str, np.ndarray]:
+def units(studies: Sequence[Study]) -> np.ndarray:
+    """[S] int: which unit each study is part of, from 0 on in the studies' order."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(study.unit or i, len(numbers)) for i, study in enumerate(studies)])
+
+
+def weights(units: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each study is in each resample of the units, [chunk, S], chunk by chunk."""
+    for drawn in draws(int(units.max()) + 1, resamples, seed):
+        yield drawn[:, units]
+
+
+def weighted(stats: Statistics, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Corpus scores of studies that count so often: [R, S] -> [R] each."""
+    means = weights @ stats.means / np.maximum(weights.sum(-1, keepdims=True), 1)
+    return _named(weights @ stats.bleu, means, stats.names, single=False)
+
+
+def resampled(stats: Statistics, resamples: int, seed: int, units: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Corpus scores of every resample, [R] each."""
-    count = len(stats.bleu)
-    pieces = [_named(w @ stats.bleu, w @ stats.means / count, stats.names, False) for w in draws(count, resamples, seed)]
+    units = np.arange(len(stats.bleu)) if units is None else units
+    pieces = [weighted(stats, w) for w in weights(units, resamples, seed)]
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _interval(samples: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(samples, [2.5, 97.5])
+def interval(samples: np.ndarray) -> tuple[float, float]:
+    """The central 95% of those that are there."""
+    low, high = np.percentile(samples[np.isfinite(samples)], [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -124,19 +158,20 @@ def score(
     control_kind: str = "",
     resamples: int = RESAMPLES,
     seed: int = 0,
+    scorers: Sequence[text.Scorer] | None = None,
 ) -> Scores:
     """Scores all studies; `control`: their answers with wrong images, in the same order."""
     answers, references = [s.answers for s in studies], [s.references for s in studies]
-    stats = statistics(answers, references)
-    samples = resampled(stats, resamples, seed)
+    stats, together = statistics(answers, references, scorers), units(studies)
+    samples = resampled(stats, resamples, seed, together)
     counts = Counter(answer for study in answers for answer in study)
     commonest = counts.most_common(5)
-    always = statistics([(commonest[0][0],) * len(study) for study in references], references)
+    always = statistics([(commonest[0][0],) * len(study) for study in references], references, scorers)
     corpus = corpus_scores(stats)
     compared = None
     if control is not None:
-        theirs = statistics(control, references)
-        wrong = resampled(theirs, resamples, seed)
+        theirs = statistics(control, references, scorers)
+        wrong = resampled(theirs, resamples, seed, together)
         wrong_corpus = corpus_scores(theirs)
         pairs = [pair for mine, other in zip(answers, control, strict=True) for pair in zip(mine, other, strict=True)]
         compared = Control(
@@ -145,13 +180,15 @@ def score(
             studies=study_scores(theirs),
             corpus=wrong_corpus,
             drop={name: corpus[name] - wrong_corpus[name] for name in corpus},
-            intervals={name: _interval(samples[name] - wrong[name]) for name in corpus},
+            intervals={name: interval(samples[name] - wrong[name]) for name in corpus},
             unchanged_share=sum(mine == other for mine, other in pairs) / len(pairs),
         )
     return Scores(
+        statistics=stats,
+        units=int(together.max()) + 1,
         per_study=study_scores(stats),
         corpus=corpus,
-        intervals={name: _interval(samples[name]) for name in corpus},
+        intervals={name: interval(samples[name]) for name in corpus},
         commonest=commonest,
         answers=counts.total(),
         distinct=len(counts),
@@ -161,7 +198,7 @@ def score(
 
 
 def to_json(scores: Scores) -> dict[str, Any]:
-    """The content of scores.json. What can't be had is absent."""
+    """The content of scores.json, as far as texts go. What can't be had is absent."""
     content: dict[str, Any] = {
         "corpus": scores.corpus,
         "intervals": {name: list(pair) for name, pair in scores.intervals.items()},
@@ -170,8 +207,10 @@ def to_json(scores: Scores) -> dict[str, Any]:
             "commonest_share": scores.commonest[0][1] / scores.answers,
             "always_commonest": scores.always_commonest,
         },
-        "studies": len(scores.per_study),
+        "studies": scores.units,
     }
+    if scores.units < len(scores.per_study):
+        content["records"] = len(scores.per_study)
     if scores.control is not None:
         kind = {"kind": scores.control.kind} if scores.control.kind else {}
         content["control"] = kind | {
@@ -182,17 +221,18 @@ def to_json(scores: Scores) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, scores: Scores) -> None:
-    path.write_text(json.dumps(to_json(scores), indent=2) + "\n", encoding="utf-8")
+def write_json(path: Path, scores: Scores, more: Mapping[str, Any] | None = None) -> None:
+    """`more`: further keys."""
+    path.write_text(json.dumps(to_json(scores) | dict(more or {}), indent=2) + "\n", encoding="utf-8")
 
 
-def write_csv(path: Path, studies: list[Study], scores: Scores) -> None:
-    """One row a study; several questions of one study stand below each other in a cell."""
+def write_csv(path: Path, studies: list[Study], scores: Scores, more: Mapping[str, Sequence[Any]] | None = None) -> None:
+    """One row a study; several questions of one study stand below each other in a cell. `more`: further columns."""
     names = list(scores.corpus)
-    control = scores.control
+    control, more = scores.control, dict(more or {})
     head = ["id", "image", "questions", *names, *([f"control_{name}" for name in names] if control else [])]
     head += ["unchanged"] if control else []
-    head += ["answer", "reference", *(["control_answer"] if control else [])]
+    head += [*more, "answer", "reference", *(["control_answer"] if control else [])]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(head)
@@ -202,6 +242,14 @@ def write_csv(path: Path, studies: list[Study], scores: Scores) -> None:
             if control:
                 row += [f"{control.studies[i][name]:.6f}" for name in names]
                 row.append(int(control.answers[i] == study.answers))
+            row += [_cell(column[i]) for column in more.values()]
             row += ["\n".join(study.answers), "\n".join(study.references)]
             row += ["\n".join(control.answers[i])] if control else []
             writer.writerow(row)
+
+
+def _cell(value: Any) -> Any:
+    """Fractions with six digits; what is not there is empty."""
+    if not isinstance(value, float):
+        return value
+    return "" if np.isnan(value) else f"{value:.6f}"

@@ -2,12 +2,14 @@
 
 The file has BTB3D's layout: a list of {"image", "conversations_out": [{"id", "question", "answer", "token_ids"?}, ...]}, one
 element a study and one entry a question, in data-set order. The k-th entry of a study answers the record's k-th question.
+Questions with choices that were answered by likelihood have `prediction` (a letter) and `probabilities` ({letter: share}) too.
 """
 
 import json
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,39 @@ class Study:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     references: tuple[str, ...]
+    region: str = ""
+    """Of the body, where the record is one region's report"""
+    question_type: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Letter -> text, for multiple choice"""
+    letter: str = ""
+    """The right one"""
+    likelihoods: "tuple[Likelihood, ...]" = ()
+    """One an answer where all answers have one, else empty"""
+
+    @property
+    def unit(self) -> str:
+        """What is resampled: the volume, where the record is one of several parts of what is asked about it; "": itself."""
+        return self.image if self.region or self.options else ""
 
 
 @dataclass(frozen=True)
-class _Written:
+class Likelihood:
+    """What the model holds for likely, among the choices."""
+
+    prediction: str
+    probabilities: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Written:
     """One element of the file."""
 
     id: str
     images: tuple[str, ...]
     questions: tuple[str, ...]
     answers: tuple[str, ...]
+    likelihoods: tuple[Likelihood, ...] = ()
 
 
 def strip_end(text: str) -> str:
@@ -45,7 +70,7 @@ def strip_end(text: str) -> str:
     return _END.sub("", text).strip()
 
 
-def _element(path: str, index: int, element: Any) -> _Written:
+def _element(path: str, index: int, element: Any) -> Written:
     where, hint = f"{path}: element {index}", "give the file that `jaxmed generate` wrote"
     turns = element.get("conversations_out") if isinstance(element, dict) else None
     if not isinstance(turns, list) or not turns:
@@ -59,10 +84,29 @@ def _element(path: str, index: int, element: Any) -> _Written:
     image = element.get("image") or ""
     images = tuple(str(name) for name in (image if isinstance(image, list) else [image]) if name)
     questions = tuple(turn["question"] for turn in turns)
-    return _Written(str(ids.pop()), images, questions, tuple(strip_end(turn["answer"]) for turn in turns))
+    answers = tuple(strip_end(turn["answer"]) for turn in turns)
+    return Written(str(ids.pop()), images, questions, answers, _likelihoods(turns, where))
 
 
-def read_answers(path: str) -> list[_Written]:
+def _likelihoods(turns: list[dict[str, Any]], where: str) -> tuple[Likelihood, ...]:
+    found = []
+    for turn in turns:
+        shares = turn.get("probabilities")
+        if shares is None:
+            return ()
+        usable = (
+            isinstance(shares, dict) and shares and all(isinstance(v, int | float) and 0 <= v <= 1 for v in shares.values())
+        )
+        if not usable or not isinstance(turn.get("prediction"), str) or abs(sum(shares.values()) - 1) > 0.01:
+            raise UserError(
+                f"{where}: its probabilities must be shares of the letters with sum 1, and its prediction a letter; write the "
+                "file again with `jaxmed generate`"
+            )
+        found.append(Likelihood(turn["prediction"], {str(letter): float(share) for letter, share in shares.items()}))
+    return tuple(found)
+
+
+def read_answers(path: str) -> list[Written]:
     """All elements of a `*_vqa.json`."""
     try:
         elements = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -75,7 +119,7 @@ def read_answers(path: str) -> list[_Written]:
     return [_element(path, i, element) for i, element in enumerate(elements)]
 
 
-def _pair_one(written: _Written, record: Record, path: str) -> Study:
+def _pair_one(written: Written, record: Record, path: str) -> Study:
     where, hint = f"{path}: study {written.id!r}", "give the records it was written from"
     for image, expected in zip(written.images, record.images, strict=False):
         if npz_name(image) != npz_name(expected):
@@ -85,7 +129,18 @@ def _pair_one(written: _Written, record: Record, path: str) -> Study:
         raise UserError(f"{where} has {len(written.answers)} answers, its record {len(asked)} questions; {hint}")
     image, scored = record.images[0] if record.images else "", len(references)  # the last question may lack its reference
     texts = tuple(turn.value.strip() for turn in references)
-    return Study(written.id, image, written.questions[:scored], written.answers[:scored], texts)
+    return Study(
+        written.id,
+        image,
+        written.questions[:scored],
+        written.answers[:scored],
+        texts,
+        region=record.region,
+        question_type=record.question_type,
+        options=record.options,
+        letter=record.answer,
+        likelihoods=written.likelihoods[:scored],
+    )
 
 
 def _check_ids(ours: Counter[str], theirs: Counter[str], path: str) -> None:
@@ -101,7 +156,7 @@ def _check_ids(ours: Counter[str], theirs: Counter[str], path: str) -> None:
             raise UserError(f"{path}: the id {name!r} occurs {times}; make the ids unique")
 
 
-def pair(written: list[_Written], records: list[Record], path: str) -> tuple[list[Study], list[str]]:
+def pair(written: list[Written], records: list[Record], path: str) -> tuple[list[Study], list[str]]:
     """Studies in the order of the file, and notices: records without an answer, answers without a reference, other questions.
 
     An id that occurs several times is matched in order, and only if both sides have it equally often.

@@ -1,27 +1,37 @@
-"""Scores of one text against one reference: BLEU-1 to 4, ROUGE-1, 2 and L, METEOR where WordNet is installed. All from 0 to 1.
+"""Scores of one text against one reference: BLEU-1 to 4, ROUGE-1, 2 and L, METEOR. All from 0 to 1.
 
 BLEU is sacrebleu's: 13a tokens, case kept, uniform geometric mean over the orders 1 to n, brevity penalty, exponential
 smoothing. A text is reduced once to its sufficient statistics, int64 [10] = (answer length, reference length, matches of
 order 1..4, n-grams of order 1..4); statistics add over texts, so any resample of a corpus is one matrix product away.
 ROUGE is rouge_score's F1 with Porter stemming: lower case, letters and digits alone, words above three letters stemmed; ROUGE-L
 over the whole text. The longest common subsequence is counted in bits of one integer (Hyyrö 2004), since the quadratic
-loop of rouge_score takes most of a second for a long report. METEOR is nltk's, over the 13a tokens in lower case.
+loop of rouge_score takes most of a second for a long report. METEOR reads the 13a tokens in lower case: `meteor` is nltk's
+with WordNet's synonyms, where WordNet is on this machine; `meteor_exact` is jaxmed.evaluate.meteor's, without synonyms, always.
+
+What is a mean over studies and dearer than these comes as a `Scorer` (METEOR here, BERTScore in jaxmed.evaluate.bertscore).
 
 Axis letters: R resamples or texts, 10 statistics.
 """
 
 import functools
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from nltk.stem.porter import PorterStemmer
 from rouge_score.tokenize import tokenize as rouge_tokenize
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
+from jaxmed.errors import UserError
+from jaxmed.evaluate import meteor as alignment
+
 ORDERS = 4
 BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 ROUGE = ("rouge_1", "rouge_2", "rouge_l")
 METEOR = "meteor"
+METEOR_EXACT = "meteor_exact"
 
 _stemmer = PorterStemmer()
 _tokenize_13a = Tokenizer13a()
@@ -113,6 +123,51 @@ def rouge(answer: str, reference: str) -> tuple[float, float, float]:
     return scores[0], scores[1], scores[2]
 
 
+class Scorer(Protocol):
+    """A score of one text against one reference, from 0 to 1."""
+
+    name: str
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        """Told of the texts that will be compared next, for scorers that read many at a time."""
+
+    def __call__(self, answer: str, reference: str) -> float: ...
+
+
+class ExactMeteor:
+    """METEOR by exact words and Porter stems."""
+
+    name = METEOR_EXACT
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        pass
+
+    def __call__(self, answer: str, reference: str) -> float:
+        ours, theirs = ([_stem(word) for word in bleu_tokens(text.lower())] for text in (answer, reference))
+        return alignment.meteor_exact(ours, theirs)
+
+
+class SynonymMeteor:
+    """METEOR with a WordNet."""
+
+    name = METEOR
+
+    def __init__(self, wordnet: Any = None):
+        self._wordnet = wordnet
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        pass
+
+    def __call__(self, answer: str, reference: str) -> float:
+        return meteor(answer, reference, self._wordnet)
+
+
+def scorers(wordnet: Any = None) -> tuple[Scorer, ...]:
+    """METEOR in the forms that can be had here; `wordnet`: one that `read_wordnet` opened."""
+    with_synonyms = (SynonymMeteor(wordnet),) if wordnet is not None or meteor_available() else ()
+    return (ExactMeteor(), *with_synonyms)
+
+
 @functools.cache
 def meteor_available() -> bool:
     """Whether METEOR's synonyms, WordNet as nltk keeps it, are on this machine. Nothing is downloaded."""
@@ -125,9 +180,24 @@ def meteor_available() -> bool:
     return True
 
 
-def meteor(answer: str, reference: str) -> float:
-    """METEOR of one pair; only where `meteor_available()`."""
-    from nltk.corpus import wordnet
+def read_wordnet(folder: str) -> Any:
+    """A WordNet from a folder: that of its files (data.noun, index.sense, ...), or nltk's data folder above it."""
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader, WordNetError
+
+    places = [Path(folder, inner) for inner in ("", "wordnet", "corpora/wordnet")]
+    found = next((place for place in places if (place / "data.noun").is_file()), None)
+    if found is None:
+        raise UserError(f"{folder}: has no data.noun; give the unpacked folder of WordNet's files with --wordnet")
+    try:
+        return WordNetCorpusReader(str(found), None)
+    except (OSError, ValueError, WordNetError) as error:
+        raise UserError(f"{found}: is no whole WordNet ({error}); unpack it again") from error
+
+
+def meteor(answer: str, reference: str, wordnet: Any = None) -> float:
+    """METEOR of one pair with synonyms; only where `meteor_available()`, or with an opened WordNet."""
+    if wordnet is None:
+        from nltk.corpus import wordnet
     from nltk.translate.meteor_score import meteor_score
 
     ours, theirs = bleu_tokens(answer.lower()), bleu_tokens(reference.lower())

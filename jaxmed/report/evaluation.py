@@ -1,7 +1,6 @@
 """The page of `jaxmed evaluate`: scores with their intervals, collapse, the control, and every study beside its reference.
 
-Takes what jaxmed.evaluate.scores computed; reads volumes alone, for the slices. A page of thousands of studies would be slow to
-open: beyond `shown` studies an even selection is shown, and slices stand with the first `pictured` of them; notices say so.
+Takes what jaxmed.evaluate computed; reads volumes alone, for the slices.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,68 +10,27 @@ from typing import Any
 
 import numpy as np
 
-from jaxmed.data.metadata import Metadata
-from jaxmed.data.volumes import Override, read_volume
-from jaxmed.errors import UserError
 from jaxmed.evaluate import text
+from jaxmed.evaluate.parts import Control as ChoiceControl
+from jaxmed.evaluate.parts import Parts
 from jaxmed.evaluate.scores import Control, Scores
 from jaxmed.evaluate.studies import Study
-from jaxmed.report import page, slices
-from jaxmed.report.difference import Run, differences
+from jaxmed.report import evaluation_parts, evaluation_studies, page
+from jaxmed.report.evaluation_parts import LABELS, Verdict, group_tables
+from jaxmed.report.evaluation_studies import WINDOW, PageLimits, PageOptions
 
-LABELS = {
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "rouge_1": "ROUGE-1",
-    "rouge_2": "ROUGE-2",
-    "rouge_l": "ROUGE-L",
-    "meteor": "METEOR",
-}
-WINDOW = (-1000.0, 400.0)
-"""Hounsfield units from black to white: lung and soft tissue in one picture"""
+__all__ = ["LABELS", "PageLimits", "PageOptions", "Verdict", "group_tables", "verdicts", "write_page"]
 
 
 @dataclass(frozen=True)
-class PageLimits:
-    """How much the page shows; scores.csv has everything."""
+class Beside:
+    """What a page shows beside the scores of texts."""
 
-    studies: int = 500
-    """Studies on the page at most, evenly chosen"""
-    slices: int = 40
-    """Studies shown with slices at most (about 0.1 MB each)"""
-
-    def __post_init__(self):
-        if self.studies < 0 or self.slices < 0:
-            raise UserError("--page.studies and --page.slices must not be negative")
-
-
-@dataclass(frozen=True)
-class PageOptions:
-    volumes: str = ""
-    metadata: str = ""
-    hu: Override = "auto"
-    limits: PageLimits = PageLimits()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A plain sentence on what the figures show."""
-
-    kind: str
-    """`good` or `warn`"""
-    head: str
-    text: str
-
-
-@dataclass(frozen=True)
-class _Turn:
-    question: str
-    answer: list[Run]
-    reference: list[Run]
-    control: str
-    unchanged: bool
+    parts: Parts | None = None
+    choice_control: ChoiceControl | None = None
+    bertscore: Mapping[str, Any] | None = None
+    """Facts of the encoder"""
+    resamples: int = 1000
 
 
 def _bars(scores: Scores) -> tuple[list[dict[str, Any]], list[tuple[float, str]]]:
@@ -135,9 +93,10 @@ def _looking(scores: Scores, control: Control, name: str) -> Verdict:
     return Verdict("warn", "Does it look?", text + doubt)
 
 
-def verdicts(scores: Scores, name: str = "bleu_4") -> list[Verdict]:
-    """Plain sentences on collapse and on the control, by one of the scores."""
-    lines = [_variety(scores, name)] if scores.answers > 1 else []
+def verdicts(scores: Scores, name: str = "bleu_4", parts: Parts | None = None) -> list[Verdict]:
+    """Plain sentences on multiple choice, collapse and the control, by one of the scores."""
+    lines = evaluation_parts.choice_verdicts(parts) if parts else []
+    lines += [_variety(scores, name)] if scores.answers > 1 and not lines else []
     return lines + ([_looking(scores, scores.control, name)] if scores.control else [])
 
 
@@ -157,53 +116,6 @@ def _tables(extra: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return tables
 
 
-def _pictures(studies: list[Study], options: PageOptions) -> tuple[dict[int, list[slices.Picture]], list[str]]:
-    """Slices of the first studies whose volume is at hand, by place in `studies`, and notices."""
-    if not options.volumes or not options.limits.slices:
-        return {}, []
-    folder = slices.VolumeFolder(options.volumes)
-    metadata = Metadata(options.metadata) if options.metadata else None
-    found: dict[int, list[slices.Picture]] = {}
-    failed: list[str] = []
-    for i, study in enumerate(studies):
-        path = folder.find(study.image) if study.image and len(found) < options.limits.slices else ""
-        if not path:
-            continue
-        try:
-            volume = read_volume(path, metadata.of(path) if metadata else None, options.hu)
-            scale = (volume.reading.slope, volume.reading.intercept)
-            found[i] = slices.pictures(volume.stored, slices.orientation(path), volume.spacing, WINDOW, scale)
-        except UserError as error:
-            failed.append(str(error))
-    notices = []
-    if failed:
-        notices.append(f"Slices of {len(failed)} studies cannot be shown; the first: {failed[0]}")
-    if not found and not failed:
-        notices.append(f"None of the volumes is in {options.volumes}; the page has no slices.")
-    elif len(found) == options.limits.slices and len(studies) > len(found):
-        notices.append(f"Slices stand with the first {len(found)} studies on this page, to keep it small.")
-    return found, notices
-
-
-def _study(study: Study, i: int, scores: Scores, views: list[slices.Picture], chips: list[str]) -> dict[str, Any]:
-    control = scores.control.answers[i] if scores.control else ("",) * len(study.answers)
-    turns = []
-    for question, answer, reference, other in zip(study.questions, study.answers, study.references, control, strict=True):
-        ours, theirs = differences(answer, reference)
-        turns.append(_Turn(question, ours, theirs, other, bool(scores.control) and other == answer))
-    per_study = scores.per_study[i]
-    return {
-        "id": study.id,
-        "image": study.image,
-        "turns": turns,
-        "views": views,
-        "order": i,
-        "scores": [(LABELS[name], per_study[name]) for name in chips],
-        "sort": per_study["rouge_l"],
-        "drop": per_study["rouge_l"] - scores.control.studies[i]["rouge_l"] if scores.control else 0.0,
-    }
-
-
 def write_page(
     path: str | Path,
     studies: list[Study],
@@ -213,15 +125,14 @@ def write_page(
     notices: list[str],
     options: PageOptions,
     extra: Mapping[str, Mapping[str, Any]] | None = None,
+    beside: Beside = Beside(),
 ) -> list[str]:
     """Writes the page; returns the notices that its own limits gave rise to."""
-    chosen = np.unique(np.linspace(0, len(studies) - 1, min(options.limits.studies, len(studies))).round().astype(int))
-    own = []
-    if len(chosen) < len(studies):
-        own.append(f"The page shows {len(chosen)} of {len(studies)} studies, evenly chosen; scores.csv has them all.")
-    views, more = _pictures([studies[i] for i in chosen], options)
+    chosen, own = evaluation_studies.choose(len(studies), options.limits.studies)
+    views, more = evaluation_studies.pictures([studies[i] for i in chosen], options)
     own += more
-    chips = ["bleu_4", "rouge_l"] + (["meteor"] if "meteor" in scores.corpus else [])
+    parts = beside.parts
+    shown = evaluation_studies.Shown(scores, parts, evaluation_parts.chips_of(parts, list(scores.corpus)))
     rows, ticks = _bars(scores)
     words = [_median_words(s.answers for s in studies), _median_words(s.references for s in studies)]
     page.write(
@@ -231,7 +142,7 @@ def write_page(
         subtitle="Generated text against the references, as scores and study by study.",
         facts=facts,
         notices=notices + own,
-        verdicts=verdicts(scores),
+        verdicts=verdicts(scores, parts=parts),
         rows=rows,
         ticks=ticks,
         control=scores.control,
@@ -240,8 +151,14 @@ def write_page(
         commonest=scores.commonest,
         answers=scores.answers,
         tables=_tables(extra or {}),
+        groups=evaluation_parts.group_tables(parts) if parts else [],
+        choice=evaluation_parts.choice(parts, beside.choice_control) if parts else {},
+        judges=evaluation_parts.judge_cards(parts) if parts else [],
+        bertscore=beside.bertscore,
+        resamples=beside.resamples,
+        orders=evaluation_studies.orders(shown),
         meteor=text.METEOR in scores.corpus,
-        studies=[_study(studies[i], int(i), scores, views.get(k, []), chips) for k, i in enumerate(chosen)],
+        studies=[evaluation_studies.values(studies[i], int(i), shown, views.get(k, [])) for k, i in enumerate(chosen)],
         total=len(studies),
         window=WINDOW,
     )

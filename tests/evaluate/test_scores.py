@@ -113,7 +113,7 @@ def test_files(tmp_path):
     content = json.loads((tmp_path / "scores.json").read_text())
     assert set(content) == {"corpus", "intervals", "collapse", "control", "studies"}
     assert set(content["control"]) == {"drop", "intervals", "unchanged_share"}  # the kind is not known, so it is absent
-    names = {*text.BLEU, *text.ROUGE} | ({"meteor"} if text.meteor_available() else set())
+    names = {*text.BLEU, *text.ROUGE, "meteor_exact"} | ({"meteor"} if text.meteor_available() else set())
     assert set(content["corpus"]) == set(content["intervals"]) == set(content["control"]["drop"]) == names
     assert content["studies"] == 7
     scores.write_csv(tmp_path / "scores.csv", studies, found)

@@ -1,0 +1,225 @@
+"""Asks a judge about every answer, keeps what it said, and turns it into numbers: GREEN and M3D's percentage.
+
+Replies are kept in a file of JSON lines as they come, so that a restart asks only what is missing; a reply that says nothing
+is not kept and will be asked for again. What a judge cannot be got to say is a Problem with its study's name, and its pair
+has no score.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxmed.errors import BadRecords, Problem, UserError
+from jaxmed.evaluate import green, percentage
+from jaxmed.evaluate.judges import Judge, JudgeError, prompt_key, read_lines
+from jaxmed.evaluate.studies import Study
+
+Measure = Literal["green", "percentage"]
+MEASURES: tuple[Measure, ...] = ("green", "percentage")
+GIVE_UP = 5
+"""Calls without any answer at the start, after which a judge is taken for absent"""
+UPSTREAM_ZERO = "green_zero"
+"""Name of the defect (`--upstream-exact`): a reply without any section scores 0"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What shapes the questions and how replies are read; recorded with the scores."""
+
+    measures: tuple[Measure, ...] = ("green",)
+    version: green.Version = "challenge"
+    wording: green.Wording = green.OUR_WORDING
+    zero: bool = False
+    """Upstream's defect `green_zero`"""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One pair that a judge is asked about."""
+
+    study: int
+    """Index of the study"""
+    turn: int
+    name: str
+    """The study's id, for messages"""
+    measure: Measure
+    prompt: str
+
+
+@dataclass
+class Judged:
+    """One measure of all studies."""
+
+    measure: Measure
+    judge: str
+    values: np.ndarray
+    """[S] float64, the mean over a study's answers; NaN where it has none"""
+    counts: list[list[green.Counts]] = field(default_factory=list)
+    """GREEN's, by study and answer"""
+    asked: int = 0
+    answered: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What is recorded with the score"""
+
+
+def questions(studies: Sequence[Study], settings: Settings) -> list[Question]:
+    """Prompts for every answer with a reference, in the studies' order; none for multiple choice. GREEN is for reports and is
+    not asked about answers to questions with a type."""
+    found = []
+    words = green.WORDS[settings.version]
+    for i, study in enumerate(studies):
+        for turn, (question, answer, reference) in enumerate(
+            zip(study.questions, study.answers, study.references, strict=True)
+        ):
+            if study.options or not reference.strip():
+                continue
+            plain = question.replace("<image>", "").strip()
+            made = {
+                "green": lambda r=reference, a=answer: settings.wording.prompt(r, a, words),
+                "percentage": lambda q=plain, r=reference, a=answer: percentage.prompt(q, r, a),
+            }
+            for measure in settings.measures:
+                if measure == "percentage" or not study.question_type:
+                    found.append(Question(i, turn, study.id, measure, made[measure]()))
+    return found
+
+
+def write_requests(path: str, asked: Sequence[Question]) -> int:
+    """Prompts for somebody else's judge, each once; how many."""
+    rows = {prompt_key(q.prompt): {"study": q.name, "measure": q.measure, "prompt": q.prompt} for q in asked}
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"key": key} | row) + "\n" for key, row in rows.items())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --judge-requests") from error
+    return len(rows)
+
+
+class Kept:
+    """Replies on disk, by prompt and judge."""
+
+    def __init__(self, path: str, judge: str):
+        self.path, self.judge, self.found = path, judge, dict[str, str]()
+        if os.path.exists(path):
+            _cut_torn_line(path)
+            for row in read_lines(path):
+                if row.get("judge") == judge and isinstance(row.get("reply"), str):
+                    self.found[str(row.get("key"))] = row["reply"]
+
+    def add(self, question: Question, reply: str) -> None:
+        key = prompt_key(question.prompt)
+        self.found[key] = reply
+        row = {"key": key, "judge": self.judge, "measure": question.measure, "study": question.name, "reply": reply}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); free some space, replies are kept") from error
+
+
+def _cut_torn_line(path: str) -> None:
+    """Removes what follows the last newline: a reply that was being written when the process died."""
+    content = Path(path).read_bytes()
+    if not content.endswith(b"\n"):
+        Path(path).write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def ask(
+    asked: Sequence[Question], judge: Judge, kept: Kept, settings: Settings, skip: bool, tell: Callable[[int, int], None]
+) -> tuple[dict[str, str], list[Problem]]:
+    """Replies by `prompt_key`, and a Problem for each prompt without one. Not `skip`: BadRecords at the first of them.
+    `tell(done, all)`: called as replies come."""
+    missing = list({prompt_key(q.prompt): q for q in asked if prompt_key(q.prompt) not in kept.found}.values())
+    groups = [missing[i : i + judge.batch] for i in range(0, len(missing), judge.batch)]
+    problems: list[Problem] = []
+    answered = False
+    for done, (group, replies) in enumerate(_answers(groups, judge), 1):
+        if isinstance(replies, str):
+            faults = [replies] * len(group)
+        else:
+            answered, faults = True, _faults(group, replies, settings)
+            for question, reply, fault in zip(group, replies, faults, strict=True):
+                if not fault:
+                    kept.add(question, reply)
+        pairs = zip(group, faults, strict=True)
+        problems += [Problem(f"study {q.name!r}", f"{q.measure}: {fault}") for q, fault in pairs if fault]
+        tell(done, len(groups))
+        if done == GIVE_UP and not answered:
+            raise UserError(f"the judge answered none of the first {GIVE_UP} calls; the last: {problems[-1]}")
+        if problems and not skip:
+            raise BadRecords(problems)
+    return kept.found, problems
+
+
+def _answers(groups: list[list[Question]], judge: Judge) -> Iterator[tuple[list[Question], list[str] | str]]:
+    """Groups in their order with the replies, or with why there are none; `judge.parallel` calls are under way at a time."""
+
+    def call(group: list[Question]) -> list[str] | str:
+        try:
+            return judge.complete([question.prompt for question in group])
+        except JudgeError as error:
+            return f"the judge did not answer: {error}"
+
+    if judge.parallel == 1:
+        for group in groups:
+            yield group, call(group)
+        return
+    with ThreadPoolExecutor(judge.parallel) as pool:
+        waiting = [pool.submit(call, group) for group in groups]
+        try:
+            for group, future in zip(groups, waiting, strict=True):
+                yield group, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _faults(group: list[Question], replies: list[str], settings: Settings) -> list[str]:
+    """What is wrong with each reply; "" for one that can be read."""
+
+    def fault(question: Question, reply: str) -> str:
+        readable = green.is_reply(green.clean(reply)) or settings.zero
+        if question.measure == "percentage":
+            readable = percentage.parse(reply) is not None
+        start = " ".join(reply.split())[:60]
+        return "" if readable else f"the judge's reply is no judgment ({start!r})"
+
+    return [fault(question, reply) for question, reply in zip(group, replies, strict=True)]
+
+
+def results(studies: Sequence[Study], asked: Sequence[Question], replies: dict[str, str], judge: str, settings: Settings):
+    """One Judged a measure."""
+    return [_result(studies, [q for q in asked if q.measure == m], replies, judge, m, settings) for m in settings.measures]
+
+
+def _result(
+    studies: Sequence[Study],
+    asked: list[Question],
+    replies: dict[str, str],
+    judge: str,
+    measure: Measure,
+    settings: Settings,
+) -> Judged:
+    scores: list[list[float]] = [[] for _ in studies]
+    counts: list[list[green.Counts]] = [[] for _ in studies]
+    for question in asked:
+        reply = replies.get(prompt_key(question.prompt))
+        if reply is None:
+            continue
+        if measure == "green":
+            counts[question.study].append(green.parse(reply))
+            scores[question.study].append(counts[question.study][-1].score)
+        else:
+            scores[question.study].append(percentage.parse(reply))
+    values = np.array([np.mean(row) if row else np.nan for row in scores])
+    facts: dict[str, Any] = {"judge": judge, "asked": len(asked), "answered": sum(map(len, scores))}
+    if measure == "green":
+        wording = settings.wording
+        version = {"version": settings.version, "words": green.WORDS[settings.version]}
+        facts |= version | {"wording": wording.source, "wording_hash": wording.hash}
+    return Judged(measure, judge, values, counts if measure == "green" else [], len(asked), facts["answered"], facts)
