@@ -1,15 +1,17 @@
-"""`jaxmed encode CONFIG --volumes DIR --out DIR [--encoder CKPT]`: CT volumes to token files.
+"""`jaxmed encode CONFIG --volumes DIR --out DIR [--encoder CKPT | --tower DIR]`: CT volumes to token files.
 
-With the config's weight-free Haar encoder, or with BTB3D's learned one.
+With the config's weight-free Haar encoder, with BTB3D's learned one, or with the 3-D tower of a config that has one.
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import tyro
 
 from jaxmed.cli import common
+from jaxmed.cli.configured import Configured, configured, split_fields
 from jaxmed.config import EncodeConfig, Experiment
 from jaxmed.data import haar
 from jaxmed.data.embeddings import CODE_BITS
@@ -18,38 +20,57 @@ from jaxmed.data.volumes import Override
 from jaxmed.data.windows import token_shape
 from jaxmed.errors import UserError
 
-HELP = "Turn CT volumes (NIfTI) into token files: with BTB3D's learned encoder, or a weight-free 3-D Haar encoder"
+HELP = "Turn CT volumes into token files: with BTB3D's learned encoder, a weight-free 3-D Haar encoder, or a 3-D tower"
+
+DESCRIPTION = """Turn CT volumes into token files. A config without an image tower: with BTB3D's learned encoder (--encoder), or
+a weight-free 3-D Haar encoder. A config or a folder with a tower over volumes (vit3d): its patch tokens, so that training with
+that tower frozen need not run it; prepared as the config's visual.prepare says (its fields are flags here too, such as
+--visual.prepare.window -160 240). What is written is left alone when the command is given again."""
+TOWER_FLAGS, LEARNED_FLAGS = ("tower", "base", "store", "set"), ("encoder_config", "batch", "dtype", "codes", "continuous")
 
 
 @dataclass(frozen=True)
 class Args:
     config: tyro.conf.Positional[str]
-    """A shipped config by name, or the path of a Python file; its `encode` fields decide"""
+    """A shipped config by name, or the path of a Python file; with a tower also the folder of a run, a model or a tower"""
     volumes: str
-    """Folder of .nii or .nii.gz files, with any subfolders"""
+    """Folder of .nii or .nii.gz files, with any subfolders; for a tower also prepared .npy, and folders of DICOM or image
+    slices"""
     out: str
     """Folder for the token files; files that are there already are left alone"""
     metadata: str = ""
-    """CT-RATE's metadata CSV: spacing and rescale by VolumeName. "": the files' own headers"""
+    """CT-RATE's metadata CSV: spacing and rescale by VolumeName (a tower's preset hu_window: rescale alone). "": the files' own
+    headers"""
     hu: Override = "auto"
     """What makes stored numbers Hounsfield units: the header's scaling, the header's and then the CSV's, or nothing.
-    `auto`: of header and csv the one reading that has air; a volume where none or both have is refused"""
+    `auto`: of header and csv the one reading that has air; a volume where none or both have is refused. (A tower's presets but
+    hu_window do not depend on it)"""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """A volume that cannot be used: stop, or go on without it and list it in OUT/skipped.jsonl"""
     processes: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: one a core)")] = 0
-    """Volumes encoded (with --encoder: prepared, 4 at most by default) at once; each takes the memory of one volume"""
+    """Volumes encoded (with --encoder or a tower: prepared, 4 at most by default) at once; each takes the memory of one
+    volume"""
     encoder: str = ""
     """BTB3D's tokenizer checkpoint (3rd_stage.ckpt), or the folder that holds it. "": the weight-free Haar encoder"""
     encoder_config: str = ""
     """Upstream's model config (YAML) of that checkpoint, or 16x16x8 or 8x8x8 for the published sizes. "": the YAML beside it"""
-    batch: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: 1 on CPU, 6 on GPU and TPU)")] = 0
-    """Windows encoded at once on each device; a volume of 241 slices has 30, each takes 0.8 GB"""
+    batch: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: 1 on CPU; else 6, of a tower 8)")] = 0
+    """Windows of the learned encoder at once on each device (a volume of 241 slices has 30, each takes 0.8 GB), or volumes of
+    a tower"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the learned encoder's computation; upstream's is bfloat16, where some 0.5% of the signs fall differently"""
+    """Of the computation; upstream's is bfloat16, where some 0.5% of the learned encoder's signs fall differently"""
     codes: bool = False
     """Write codes packed into uint32 (18 times smaller) in place of +1 and -1 as float32"""
     continuous: bool = False
     """Write the encoder's output before the sign is taken"""
+    tower: str = ""
+    """Folder of the tower's weights, where the config does not hold them"""
+    base: str = ""
+    """Folder of the language model, where CONFIG is an adapter that does not find it by itself"""
+    store: Literal["float32", "float16"] = "float32"
+    """How a tower's tokens are stored: as they are, or in half the space and rounded to 3 digits"""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """KEY=VALUE for what no file stores, such as vision.heads=12; repeatable"""
 
 
 def check_grid(experiment: Experiment) -> None:
@@ -83,29 +104,64 @@ def describe(config: EncodeConfig, shape: tuple[int, int, int, int]) -> str:
     return f"Each volume: {voxels} voxels of {size} mm to tokens ({', '.join(map(str, (1, *shape)))})"
 
 
-def report(summary: EncodeSummary, out: str) -> None:
+def report(summary: EncodeSummary, out: str, what: str = "Hounsfield units") -> None:
     already = f", {summary.present:,} were there already" if summary.present else ""
     print(f"{summary.written:,} volumes encoded in {summary.seconds:.1f} s{already}: {out}")
     for rule, count in sorted(summary.readings.items()):
-        print(f"  Hounsfield units of {count:,}: {rule}")
+        print(f"  {what} of {count:,}: {rule}")
     if summary.skipped:
         print(f"  {len(summary.skipped):,} volumes skipped, listed in {out}/skipped.jsonl; the first: {summary.skipped[0]}")
 
 
 def run(argv: list[str]) -> int:
-    args: Args = common.parse(Args, argv, prog="jaxmed encode", description=HELP)
-    experiment = common.load_experiment(args.config)
-    summary = _learned(args, experiment) if args.encoder else _haar(args, experiment)
+    fields, others = split_fields(argv)
+    args: Args = common.parse(Args, others, prog="jaxmed encode", description=DESCRIPTION)
+    found = configured(args.config, args.base, args.tower, common.settings(args.set), fields, "encode")
+    if args.batch < 0:
+        raise UserError(f"--batch is {args.batch}; give how many are encoded at once, or 0")
+    if found.has_tower:
+        return _tower(args, found)
+    if os.path.isdir(args.config):
+        raise UserError(f"{args.config}: has no image tower; give a config whose `encode` fields say how volumes are encoded")
+    _refuse(args, TOWER_FLAGS, f"a config with an image tower, which {args.config} has not")
+    summary = _learned(args, found.experiment) if args.encoder else _haar(args, found.experiment)
     report(summary, args.out)
     return 0
 
 
-def _haar(args: Args, experiment: Experiment) -> EncodeSummary:
-    names = ("encoder_config", "batch", "dtype", "codes", "continuous")
+def _refuse(args: Args, names: tuple[str, ...], owner: str) -> None:
+    """Flags that mean nothing here."""
     defaults = {field.name: field.default for field in dataclasses.fields(Args)}
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != defaults[name]]
     if given:
-        raise UserError(f"{', '.join(given)} belong{'s' * (len(given) == 1)} to the learned encoder; pass --encoder as well")
+        raise UserError(f"{', '.join(given)} belong{'s' * (len(given) == 1)} to {owner}")
+
+
+def _tower(args: Args, found: Configured) -> int:
+    _refuse(args, ("encoder", "encoder_config", "codes", "continuous"), f"BTB3D's encoder; {args.config} has an image tower")
+    # JAX takes a second to import, and the Haar encoder does without.
+    from jaxmed.generate import encode_tower
+    from jaxmed.generate.tower import Tower, check_weights
+
+    experiment = found.experiment
+    prepare = experiment.visual.prepare
+    given = {"metadata": args.metadata or prepare.metadata, "hu": prepare.hu if args.hu == "auto" else args.hu}
+    prepare = dataclasses.replace(prepare, **given)
+    experiment = dataclasses.replace(experiment, visual=dataclasses.replace(found.tower_visual, prepare=prepare))
+    check_weights(experiment, args.config)
+    encode_tower.check(experiment.model.tower, experiment.visual, args.config)
+    encode_tower.names_below(args.volumes)  # a wrong folder is better said before the weights are read
+    tower = Tower(experiment, args.dtype, args.batch)
+    common.notice(encode_tower.describe(tower, args.store))
+    summary = encode_tower.encode_folder(args.volumes, args.out, tower, args.store, args.on_bad_record, args.processes)
+    report(summary, args.out, "preparation")
+    kept = " --no-train.train-tower" * experiment.train.train_tower
+    print(f"To train on them, the tower frozen: --visual.kind embeddings --data.embeddings {args.out}{kept}")
+    return 0
+
+
+def _haar(args: Args, experiment: Experiment) -> EncodeSummary:
+    _refuse(args, LEARNED_FLAGS, "the learned encoder; pass --encoder as well")
     check_grid(experiment)
     common.notice(describe(experiment.encode, haar.token_shape(experiment.encode)))
     return encode_folder(args.volumes, args.out, experiment.encode, args.metadata, args.hu, args.on_bad_record, args.processes)
@@ -119,8 +175,6 @@ def _learned(args: Args, experiment: Experiment) -> EncodeSummary:
         raise UserError("--codes and --continuous exclude each other: codes are the signs of the continuous output")
     if args.continuous and experiment.visual.kind == "codes":
         raise UserError("visual.kind is codes, --continuous writes none; leave it out, or set visual.kind to embeddings")
-    if args.batch < 0:
-        raise UserError(f"--batch is {args.batch}; give the windows encoded at once, or 0")
     form: encode_volumes.Form = "codes" if args.codes else "continuous" if args.continuous else "signs"
     config = experiment.encode
     sizes = encode_volumes.encoder_sizes(args.encoder, args.encoder_config)

@@ -36,7 +36,7 @@ from jaxmed.generate.tower import Tower
 Store = Literal["float32", "float16"]
 STORES: dict[Store, type[np.floating]] = {"float32": np.float32, "float16": np.float16}
 _PREPARATION = ("axes", "window", "crop", "hu")
-"""Fields of the preparation that change what becomes of a volume"""
+"""Fields of the preparation that change what becomes of a volume; all but the first those of hu_window alone"""
 # A raw CT takes about 1 GB while it is prepared.
 MOST_PREPARED = 4
 
@@ -81,12 +81,24 @@ def signature(tower: Tower) -> str:
 def preparation(visual: VisualConfig) -> str:
     """Preset and version, sizes, and what is not as the preset has it."""
     own, usual = asdict(visual.prepare), asdict(PrepareConfig(preset=visual.prepare.preset))
-    other = [f"{name}={_word(own[name])}" for name in _PREPARATION if own[name] != usual[name]]
+    names = _PREPARATION if visual.prepare.preset == "hu_window" else _PREPARATION[:1]
+    other = [f"{name}={_word(own[name])}" for name in names if own[name] != usual[name]]
     return " ".join([f"{visual.prepare.preset}@{VERSION}", "x".join(map(str, visual.volume)), *other])
 
 
 def _word(value: Any) -> str:
     return ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+
+
+def describe(tower: Tower, store: Store) -> str:
+    """The way of a volume, in numbers."""
+    config, device = tower.config, tower.mesh.devices.flat[0].device_kind
+    size = math.prod(config.grid) * config.width * np.dtype(STORES[store]).itemsize / 1e6
+    return (
+        f"Each volume: {' x '.join(map(str, config.image))} voxels ({tower.visual.prepare.preset}) to tokens "
+        f"{(1, config.width, *config.grid)}, {size:.2g} MB as {store}\n"
+        f"Tower {tower.name}: {tower.parameters:,} parameters; {tower.rows} volumes at once on {tower.mesh.size} {device}"
+    )
 
 
 @dataclass(frozen=True)
