@@ -5,6 +5,7 @@ the text encoder.
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,14 +17,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxmed.checkpoint.encoder_folders import EncoderFolder, open_encoder
-from jaxmed.checkpoint.load import named_arrays, read_params
+from jaxmed.checkpoint.load import named_arrays
 from jaxmed.config import MeshConfig
 from jaxmed.data.inputs import read_input
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.errors import UserError
-from jaxmed.models.contrastive import Contrastive
-from jaxmed.models.vit import Vit
-from jaxmed.sharding import Rules, make_mesh, state_specs, to_shardings, tower_axis
+from jaxmed.models.contrastive import Contrast, Contrastive
+from jaxmed.sharding import Rules, make_mesh
 from jaxmed.vlm_model import ImageInput, Result
 
 
@@ -33,28 +33,16 @@ class TowerModel:
     def __init__(self, folder: EncoderFolder, mesh: Mesh | None, dtype: str):
         self.folder, self.visual = folder, folder.visual
         self.mesh = mesh or make_mesh(MeshConfig(), jax.local_devices())
-        shape = dict(self.mesh.shape)
-        self.rows = shape["data"] * shape["fsdp"]
-        self.rules = Rules(tower=tower_axis(folder.widths, shape["fsdp"]))
+        self.rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        self.rules = folder.rules(self.mesh)
         self.dtype = jnp.dtype(dtype)
         self._compiled: dict[Any, Callable[..., Any]] = {}
-
-    def build(self) -> nnx.Module:
-        """Structure alone, under `jax.eval_shape`."""
-        return _Tower(Vit(self.folder.tower, jax.random.key(0)))
 
     @functools.cached_property
     def _weights(self) -> tuple[nnx.GraphDef, Any]:
         """Structure, and a nested dict of arrays on the mesh."""
         with jax.set_mesh(self.mesh):
-            graphdef, state = nnx.split(jax.eval_shape(self.build))
-            shardings = to_shardings(state_specs(state, self.rules), self.mesh)
-
-            def place(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-                return jax.ShapeDtypeStruct(leaf.shape, self.dtype, sharding=sharding)
-
-            wanted = jax.tree.map(place, nnx.to_pure_dict(state), shardings)
-            return graphdef, read_params(self.folder.rows, [self.folder.tensors], wanted, False, self.folder.surplus)
+            return self.folder.place(self.mesh, self.dtype)
 
     def apply(self, compute: Callable[[nnx.Module, Rules], Any], *inputs: np.ndarray) -> Any:
         """`compute(model, rules, *inputs)`, compiled once a function and shape; inputs [M, ...], M is padded."""
@@ -94,13 +82,6 @@ class TowerModel:
         return self.tower_features(images, hidden)
 
 
-class _Tower(nnx.Module):
-    """Gives the tower the path that the table has for it."""
-
-    def __init__(self, tower: Vit):
-        self.tower = tower
-
-
 def _features(model: Any, rules: Rules, x: jax.Array) -> jax.Array:
     return model.tower(x.astype(model.tower.patch.weight.dtype), rules)
 
@@ -115,9 +96,6 @@ class ContrastiveModel(TowerModel):
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_folder(self.folder.tokenizer)
-
-    def build(self) -> nnx.Module:
-        return Contrastive(self.folder.tower, self.folder.text, self.folder.features, jax.random.key(0))
 
     def image_features(self, images: Sequence[ImageInput], hidden: bool = False, tokens: bool = False) -> Any:
         """[P] float32 of length 1 an image, from the class token; with `tokens` [N, P], every token, the class token first.
@@ -146,6 +124,19 @@ class ContrastiveModel(TowerModel):
         """Token ids and mask (1 text, 0 padding), both [texts, max_length] int32."""
         return self.tokenizer.encode_batch(list(texts), max_length or self.folder.text.positions)
 
+    def states_of_ids(self, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids and mask [M, T] as `text_ids` gives them -> what the text encoder gives [M, T, W], and every token's vector
+        [M, T, P], both float32."""
+        found = (self.apply(compute, ids, mask) for compute in (_text_hidden, _encode_text))
+        hidden, vectors = (np.asarray(x, np.float32)[: len(ids)] for x in found)
+        return hidden, vectors
+
+    @property
+    def scale(self) -> float:
+        """What cosines are multiplied by."""
+        raw = float(self._weights[1]["logit_scale"])
+        return math.exp(raw) if self.folder.exp_scale else raw
+
     def similarity(self, images: Sequence[ImageInput], texts: Sequence[str]) -> np.ndarray:
         """Cosines [images, texts] float32."""
         return np.stack(self.image_features(images)) @ np.stack(self.text_features(texts)).T
@@ -164,13 +155,15 @@ class ContrastiveModel(TowerModel):
         def compute(params: Any) -> jax.Array:
             model = nnx.merge(graphdef, params)
             image = model.encode_image(pixels.astype(self.dtype), self.rules)[:, 0]
-            return model.loss(image, model.encode_text(ids, mask, self.rules, self.dtype)[:, 0], self.rules)
+            text = model.encode_text(ids, mask, self.rules, self.dtype)[:, 0]
+            there = jnp.ones(image.shape[:1], bool, out_sharding=self.rules.spec("batch"))
+            return jnp.mean(model.losses(image, text, there, Contrast(0, self.folder.exp_scale), self.rules)[0])
 
         with jax.set_mesh(self.mesh):
             if not gradients:
                 return Result(loss=float(jax.jit(compute)(params)), pairs=len(images))
             value, grads = jax.jit(jax.value_and_grad(compute))(params)
-            return Result(loss=float(value), pairs=len(images), gradients=named_arrays(grads, self.folder.rows))
+            return Result(loss=float(value), pairs=len(images), gradients=named_arrays(grads, self.folder.sources.rows))
 
 
 def _encode_image(model: Contrastive, rules: Rules, x: jax.Array) -> jax.Array:

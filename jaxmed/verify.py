@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -60,7 +60,7 @@ def reason_not_to(plan: ModelPlan) -> str:
     if plan.to == "peft" and not _has_plain_base(plan):
         return "not verified: the adapter's base is no language model that peft could load it on"
     count = sum(math.prod(leaf.shape) for leaf in parameter_shapes(plan.source).values())
-    needed, free = 4 * count * (3 if plan.to in ("hf", "peft") else 2), _free_memory()
+    needed, free = 4 * count * (3 if plan.to in ("hf", "peft") else 2), free_memory()
     if needed > _ROOM * free:
         return f"not verified: both sides in float32 take {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB of memory are free"
     return ""
@@ -71,7 +71,7 @@ def _has_plain_base(plan: ModelPlan) -> bool:
     return spec is not None and detect_base(plan.source.model.base) == "hf"
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes that arrays can still take, on the first device; on a CPU those of the machine."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
@@ -88,7 +88,11 @@ def verify(plan: ModelPlan, source: Source, written: str, say: Callable[[str], N
     """Tells the largest difference of every stage. UserError where one is too large: the folder must not be kept."""
     with jax.default_matmul_precision("highest"):
         stages = _stages(plan, source, written)
-    allowed = NARROWER if _narrower(plan) else EXACT
+    tell(stages, NARROWER if _narrower(plan) else EXACT, say)
+
+
+def tell(stages: Sequence[Stage], allowed: float, say: Callable[[str], None]) -> None:
+    """UserError where a difference is larger than `allowed`, as a part of the largest value."""
     wrong = [stage for stage in stages if not stage.difference <= allowed * max(stage.scale, 1e-6)]
     for stage in stages:
         say(f"verified: {stage.name}: largest difference {stage.difference:.3g} (largest value {stage.scale:.3g})")
@@ -110,14 +114,14 @@ def _stages(plan: ModelPlan, source: Source, written: str) -> list[Stage]:
     stages: list[Stage] = []
     if plan.to != "peft":
         theirs = load(written, *_beside(plan, source), dtype="float32", overrides=_overrides(plan, source))
-        stages += _compared(want, _arrays(theirs, image, prompt), "")
+        stages += compared(want, _arrays(theirs, image, prompt), "")
     if ours.experiment.lora.rank:
         apart = _logits_apart(ours, image, prompt)
         stages.append(_stage("adapters apart against merged", want["decoder"], apart))
     if plan.to in ("hf", "peft"):
         from jaxmed import verify_torch  # torch is loaded only where it is asked
 
-        stages += _compared(want, verify_torch.arrays(plan, written, ours, image, prompt), " in transformers")
+        stages += compared(want, verify_torch.arrays(plan, written, ours, image, prompt), " in transformers")
     return stages
 
 
@@ -200,8 +204,8 @@ def _logits_apart(model: Model, image: np.ndarray | None, prompt: str | np.ndarr
         model.__dict__["engine"] = merged
 
 
-def _compared(want: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray], where: str) -> list[Stage]:
-    return [_stage(name + where, want[name], got[name]) for name in ("tower", "projector", "decoder") if name in got]
+def compared(want: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray], where: str) -> list[Stage]:
+    return [_stage(name + where, want[name], got[name]) for name in want if name in got]
 
 
 def _stage(name: str, want: np.ndarray, got: np.ndarray) -> Stage:

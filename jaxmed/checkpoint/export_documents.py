@@ -18,7 +18,7 @@ from jaxmed.checkpoint.export_config import (
 )
 from jaxmed.checkpoint.folder_kinds import detect_base
 from jaxmed.checkpoint.hf_config import read_config
-from jaxmed.config import Experiment, TowerConfig
+from jaxmed.config import Experiment, PixelConfig, TowerConfig
 from jaxmed.data.images import BICUBIC, RESCALE
 from jaxmed.data.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def upstream_documents(
         settings = vision_config(experiment.model.tower, layers, head)
         documents |= {
             f"{TOWER_FOLDER}/config.json": settings,
-            f"{TOWER_FOLDER}/preprocessor_config.json": preprocessor(experiment),
+            f"{TOWER_FOLDER}/preprocessor_config.json": preprocessor(experiment.visual.pixels),
         }
     path = os.path.join(model.base, "generation_config.json")
     if model.base and os.path.exists(path):
@@ -158,7 +158,7 @@ def llava_hf_documents(
     return {
         "config.json": config,
         "generation_config.json": documents["generation_config.json"] | pad,
-        "preprocessor_config.json": preprocessor(experiment),
+        "preprocessor_config.json": preprocessor(experiment.visual.pixels),
         "processor_config.json": processor,
     }
 
@@ -180,9 +180,8 @@ def vision_config(tower: TowerConfig, layers: int, head: bool) -> Document:
     return config | ({"vision_use_head": head} if tower.kind == "siglip" else {})
 
 
-def preprocessor(experiment: Experiment) -> Document:
+def preprocessor(pixels: PixelConfig) -> Document:
     """preprocessor_config.json of the image processor that does what the model's images go through."""
-    pixels = experiment.visual.pixels
     kind = {"pad": "LlavaImageProcessor", "crop": "CLIPImageProcessor", "squash": "SiglipImageProcessor"}[pixels.aspect]
     square = {"height": pixels.shortest, "width": pixels.shortest}
     common = {

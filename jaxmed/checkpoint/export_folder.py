@@ -80,11 +80,12 @@ def _write_files(plan: Plan, folder: str, shard_size: int, say: Callable[[str], 
         os.makedirs(os.path.dirname(path), exist_ok=True)
         if name == MODEL:
             write_model(folder, tensors, shard_size, say)
-        elif name.endswith(".bin"):
+        elif name.endswith((".bin", ".pth")):
             save_bin(path, tensors)
         else:
             write_safetensors(path, tensors)
     for name, document in plan.documents.items():
+        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
         write_json(os.path.join(folder, name), document)
     if notice := plan.write_beside(folder):
         say(notice)

@@ -24,7 +24,7 @@ from jaxmed.checkpoint.projector_tables import FUSION, PROJECTOR, bridge_rows
 from jaxmed.checkpoint.row import Row
 from jaxmed.checkpoint.tensor_files import Tensor
 from jaxmed.checkpoint.tower_tables import tower_rows
-from jaxmed.checkpoint.values import Values
+from jaxmed.checkpoint.values import Parameters, Values
 from jaxmed.config import Experiment, TowerConfig
 from jaxmed.errors import UserError
 
@@ -32,7 +32,7 @@ WITH_LORA = "model_with_lora.bin"
 ROWS_MULTIPLE = 64
 """To which conversions for transformers pad a vocabulary that they lengthen"""
 
-_HEAD = ".vision_model.head."
+HEAD_OF_TOWER = ".vision_model.head."
 _LAYOUTS = {"llava": ("clip", "siglip"), "lamed": ("vit3d",), "samf": ("dino",)}
 
 
@@ -55,7 +55,7 @@ def plan_upstream(values: Values, planner: Planner, to: Format, merge: bool) -> 
     tensors = planner.tensors(whole_rows(experiment) + (lora if apart else []), named, merge=not apart)
     tensors += copied(values, named, _beside_tower(values), planner.chosen)
     dtype = next(tensor.dtype for tensor in tensors if tensor.ours == "decoder/embed/table")
-    layers, head = _kept_layers(values), any(_HEAD in name for name in values.surplus)
+    layers, head = kept_layers(values, experiment.model.tower), any(HEAD_OF_TOWER in name for name in values.surplus)
     documents = export_documents.upstream_documents(experiment, to, dtype.name, apart, layers, head)
     files = {WITH_LORA if apart else MODEL: tensors}
     if f"{TOWER_FOLDER}/config.json" in documents:
@@ -86,9 +86,9 @@ def _tower_alone(values: Values, planner: Planner, layers: int, dtype: np.dtype)
 
     tower = values.experiment.model.tower
     tensors = planner.tensors(tower_rows(tower), named) + copied(
-        values, named, lambda name: _belongs(name, layers), planner.chosen
+        values, named, lambda name: belongs(name, layers), planner.chosen
     )
-    return tensors + _post_norm(tower, {tensor.name for tensor in tensors}, dtype, named)
+    return tensors + post_norm(tower, {tensor.name for tensor in tensors}, dtype, named)
 
 
 def _beside_tower(values: Values) -> Callable[[str], bool]:
@@ -135,12 +135,12 @@ def plan_llava_hf(values: Values, planner: Planner) -> ModelPlan:
     size = -(-(rows + len(extra)) // ROWS_MULTIPLE) * ROWS_MULTIPLE
     longer = {EMBED: size - rows, HEAD: size - rows}
     tensors = planner.tensors(whole_rows(experiment), _hf_name, merge=True, longer=longer)
-    layers = _kept_layers(values)
-    passed = copied(values, _hf_name, lambda name: _belongs(name, layers), planner.chosen)
+    layers = kept_layers(values, experiment.model.tower)
+    passed = copied(values, _hf_name, lambda name: belongs(name, layers), planner.chosen)
     tensors += passed
     dtype = next(tensor.dtype for tensor in tensors if tensor.ours == "decoder/embed/table")
     notes = []
-    made = _post_norm(experiment.model.tower, {tensor.name for tensor in passed}, dtype, _hf_name)
+    made = post_norm(experiment.model.tower, {tensor.name for tensor in passed}, dtype, _hf_name)
     if made:
         tensors += made
         notes.append("the source lacks the tower's last norm, which is never read: ones and zeros stand in its place")
@@ -149,7 +149,7 @@ def plan_llava_hf(values: Values, planner: Planner) -> ModelPlan:
         notes.append(
             f"the source lacks the tower's blocks after {layers}, which are never read: it is written as one of {layers}"
         )
-    head = any(_HEAD in name for name in values.surplus)
+    head = any(HEAD_OF_TOWER in name for name in values.surplus)
     documents = export_documents.llava_hf_documents(experiment, dtype.name, size, extra, layers, head)
     place = documents["config.json"]["image_token_index"]
     notes.append(f"an image stands at the token <image>, id {place}; rows of the tables after the model's own are their mean")
@@ -176,27 +176,26 @@ def _hf_name(name: str) -> str:
 _BLOCK = re.compile(re.escape(f"{TOWER_PREFIX}vision_model.encoder.layers.") + r"(\d+)\.")
 
 
-def _kept_layers(values: Values) -> int:
+def kept_layers(values: Parameters, tower: TowerConfig) -> int:
     """Blocks of the tower that can be written: those that are run, and the later ones where the source has them all."""
-    tower = values.experiment.model.tower
-    wanted = {name for row in tower_rows(_every(tower)) for name in row.names() if _BLOCK.match(name)}
+    wanted = {name for row in tower_rows(every_block(tower)) for name in row.names() if _BLOCK.match(name)}
     own = {name for row in tower_rows(tower) for name in row.names()}
     return tower.layers if wanted - own <= values.surplus.keys() else tower.blocks
 
 
-def _every(tower: TowerConfig) -> TowerConfig:
+def every_block(tower: TowerConfig) -> TowerConfig:
     return dataclasses.replace(tower, select_layer=-1)
 
 
-def _belongs(name: str, layers: int) -> bool:
-    """Whether transformers' Llava has a place for a surplus tensor."""
+def belongs(name: str, layers: int) -> bool:
+    """Whether transformers has a place for a surplus tensor of a tower."""
     if not name.startswith(TOWER_PREFIX) or name.endswith(".position_ids"):
         return False
     block = _BLOCK.match(name)
     return not block or int(block[1]) < layers
 
 
-def _post_norm(tower: TowerConfig, passed: set[str], dtype: np.dtype, named: Callable[[str], str]) -> list[Tensor]:
+def post_norm(tower: TowerConfig, passed: set[str], dtype: np.dtype, named: Callable[[str], str]) -> list[Tensor]:
     stem = named(f"{TOWER_PREFIX}vision_model.post_layernorm.")
     parts = {"weight": 1.0, "bias": 0.0}
     return [unused(stem + end, (tower.width,), value, dtype) for end, value in parts.items() if stem + end not in passed]

@@ -5,11 +5,13 @@ What no file says is the published default; a notice names it, and the flag that
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from jaxmed.checkpoint.decoder_tables import EMBED, MODULES
+from jaxmed.checkpoint.encoder_folders import open_encoder
+from jaxmed.checkpoint.folder_kinds import is_own
 from jaxmed.checkpoint.hf_io import TensorFolder, open_folder, read_json, weight_files
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.tower_config import tower_config
@@ -25,7 +27,6 @@ PUBLISHED_ALPHA = 32.0
 Found = tuple[Experiment, list[str]]
 """An experiment, and what the log should say of how it came about"""
 
-_KIND_OF_INPUT = {"clip": "pixels", "siglip": "pixels", "vit3d": "volumes", "dino": "slices"}
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -89,6 +90,10 @@ class FoundTower:
     settings: str
     """Folder in which its settings are, "" for none"""
     notices: tuple[str, ...]
+    pixels: PixelConfig = field(default_factory=PixelConfig)
+    """How images become its input, where `own`"""
+    own: bool = False
+    """Whether it is a folder of our own form"""
 
 
 def json_of(folder: str, name: str = "config.json") -> dict[str, Any]:
@@ -102,6 +107,8 @@ def find_tower(source: Source, tower: str, select: Selection) -> FoundTower:
     if tower and not os.path.exists(tower):
         raise UserError(f"{tower}: no such folder or file; give the image tower's with --tower")
     place = tower or named_folder(select.named, source.folder)
+    if place and is_own(place):
+        return _own_tower(place, select)
     if not place and not source.has_tower:
         raise UserError(
             f"{source.folder}: the weights of its image tower ({select.named or select.kinds[0]}) are neither in it nor on "
@@ -137,6 +144,21 @@ def find_tower(source: Source, tower: str, select: Selection) -> FoundTower:
     return FoundTower(found.config, weights, place if own or os.path.isdir(place) else "", tuple(notices))
 
 
+def _own_tower(place: str, select: Selection) -> FoundTower:
+    """A run that trained the tower, or a tower that was converted."""
+    found = open_encoder(place, {})
+    if found.tower.kind not in select.kinds:
+        raise UserError(f"{place}: is a {found.tower.kind} tower, this model has {' or '.join(select.kinds)}")
+    blocks = found.tower.layers + 1 + select.layer if select.layer < 0 else select.layer
+    if blocks != found.tower.blocks:
+        raise UserError(
+            f"{place}: holds {found.tower.blocks} blocks of the tower, this model runs {blocks}; give the tower's own folder"
+        )
+    feature = select.feature if select.feature in ("patch", "cls_patch", "cls") else found.tower.select_feature
+    tower = replace(found.tower, select_feature=feature if found.tower.class_token else "patch")
+    return FoundTower(tower, place, "", (), found.visual.pixels, True)
+
+
 def _assumed(tower: TowerConfig, names: tuple[str, ...]) -> str:
     pairs = ", ".join(f"{name} {getattr(tower, name)}" for name in names)
     hint = "; --set vision.heads=N says otherwise" if "heads" in names else ""
@@ -151,7 +173,7 @@ def named_folder(name: str, folder: str) -> str:
 
 def visual_config(tower: TowerConfig, pixels: PixelConfig) -> VisualConfig:
     """The image input of a model with a tower."""
-    kind = _KIND_OF_INPUT[tower.kind]
+    kind = tower.reads
     visual = VisualConfig(kind=kind, images=1, tokens=tower.tokens, features=tower.width, pixels=pixels)
     if kind == "slices":
         return replace(visual, tokens=visual.slices, grid=(visual.slices, 1, 1))
@@ -163,6 +185,8 @@ def visual_config(tower: TowerConfig, pixels: PixelConfig) -> VisualConfig:
 def pixels_of(tower: FoundTower, folder: str, aspect: str) -> tuple[PixelConfig, list[str]]:
     """How image files become the tower's input: the tower folder's settings, else the model folder's, else the published."""
     kind, size = tower.config.kind, tower.config.image[0]
+    if tower.own:
+        return tower.pixels, []
     for place in (tower.settings, folder):
         for name in _PREPROCESSORS:
             settings = json_of(place, name)

@@ -84,6 +84,7 @@ def resolve_folder(
     if kind in _MAKERS:
         return _MAKERS[kind](folder, base, tower, given)
     hint = "give it as the tower (--tower)" if kind in ("tower", "m3d_clip") else "go on from it with --model.adapter"
+    hint = "give a tower as --tower, a projector as --model.adapter" if kind == "part" else hint
     raise UserError(f"{folder}: is {KINDS[kind]}, which is no whole model; {hint}")
 
 

@@ -4,19 +4,26 @@ them.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxmed.checkpoint import manager
+from jaxmed.checkpoint.adapter import text
 from jaxmed.checkpoint.export_plan import Native, Plan
-from jaxmed.config import MeshConfig
+from jaxmed.checkpoint.load import Path
+from jaxmed.checkpoint.tensor_files import Tensor
+from jaxmed.checkpoint.values import Parameters
+from jaxmed.config import LoraConfig, MeshConfig
 from jaxmed.distributed import barrier, is_first
 from jaxmed.errors import UserError
+from jaxmed.nn.block import adapter_paths
 
 STEP = os.path.join(manager.FOLDER, "0")
 _CHUNK_BYTES = 1 << 26
@@ -39,6 +46,31 @@ def write_native(plan: Plan, native: Native, folder: str, asked: MeshConfig) -> 
     with jax.set_mesh(mesh):
         values = native.values(mesh)
         _save(os.path.join(folder, STEP, "trainable"), values)
+
+
+def parameter_rows(values: Parameters, path: Path, dtype: np.dtype | None, merged: LoraConfig | None = None) -> list[Tensor]:
+    """A parameter's rows of the table: one a tensor of theirs. `merged`: adapters that are merged into it."""
+    shape, stored = values.shapes[path], values.stored(path)
+    layers = range(shape.shape[0]) if values.is_stacked(path) else (0,)
+    kinds = {values.dtype(path, layer) for layer in layers} if stored else {np.dtype(np.float32)}
+    made = dtype or functools.reduce(jnp.promote_types, kinds)
+    pair = adapter_paths(path, values.shapes) if merged else None
+    rows = []
+    for layer in layers if stored and values.trained_by(path) is None else (0,):
+        origin = values.origin(path, layer)
+        rule, sources = origin.rule, [origin.file]
+        if merged and pair:
+            rule += f" + merged LoRA, {merged.alpha:g} / {merged.rank} * B A in float32"
+            sources += [values.origin(half, layer).file for half in pair]
+        whole = origin.whole or not values.is_stacked(path)
+        size = shape.shape if whole else values.shape(path)
+        named = text(path) if whole else f"{text(path)}[{layer}]"
+        rows.append(Tensor(origin.name, size, np.dtype(made), _no_values, named, rule, tuple(filter(None, sources))))
+    return rows
+
+
+def _no_values() -> np.ndarray:
+    raise ValueError("parameters of a run are written by Orbax, from their devices")
 
 
 META = {"step": 0, "total_steps": 0, "complete": True, "base": "", "base_fingerprint": "", "data": "", "encoder": ""}

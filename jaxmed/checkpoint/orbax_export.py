@@ -12,15 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, reshard
 
-from jaxmed.checkpoint.adapter import Path, text
+from jaxmed.checkpoint.adapter import text
 from jaxmed.checkpoint.export_config import tokenizer_folder
 from jaxmed.checkpoint.model_plan import NO_TOKENIZER, ModelPlan
-from jaxmed.checkpoint.native_writer import STEP
-from jaxmed.checkpoint.tensor_files import Tensor
+from jaxmed.checkpoint.native_writer import STEP, parameter_rows
 from jaxmed.checkpoint.values import Values
 from jaxmed.config import Experiment, LoraConfig, MeshConfig, to_dict, to_json
 from jaxmed.nn.block import adapter_paths
@@ -37,7 +35,7 @@ def plan_native(experiment: Experiment, dtype: np.dtype | None, merge: bool) -> 
         tensor
         for path in values.shapes
         if not (merge and path[-1] in ("lora_a", "lora_b"))
-        for tensor in _tensors(values, path, dtype, merge)
+        for tensor in parameter_rows(values, path, dtype, experiment.lora if merge else None)
     ]
     found = {tensor.ours: tensor.dtype for tensor in tensors}
     kept = _own_config(experiment, found.get("decoder/embed/table", np.dtype(np.float32)), merge)
@@ -49,32 +47,6 @@ def plan_native(experiment: Experiment, dtype: np.dtype | None, merge: bool) -> 
     native = ModelNative(experiment, kept, {tensor.ours.partition("[")[0]: tensor.dtype for tensor in tensors})
     ignored = values.ignored | optimizer
     return ModelPlan("orbax", {STEP: tensors}, {}, ignored, notes, native=native, experiment=kept, source=experiment)
-
-
-def _tensors(values: Values, path: Path, dtype: np.dtype | None, merge: bool) -> list[Tensor]:
-    """A parameter's rows of the table: one a tensor of theirs."""
-    shape, stored = values.shapes[path], values.stored(path)
-    layers = range(shape.shape[0]) if values.is_stacked(path) else (0,)
-    kinds = {values.dtype(path, layer) for layer in layers} if stored else {np.dtype(np.float32)}
-    made = dtype or functools.reduce(jnp.promote_types, kinds)
-    pair = adapter_paths(path, values.shapes) if merge else None
-    rows = []
-    for layer in layers if stored and values.trained_by(path) is None else (0,):
-        origin = values.origin(path, layer)
-        rule, sources = origin.rule, [origin.file]
-        if pair:
-            lora = values.experiment.lora
-            rule += f" + merged LoRA, {lora.alpha:g} / {lora.rank} * B A in float32"
-            sources += [values.origin(half, layer).file for half in pair]
-        whole = origin.whole or not values.is_stacked(path)
-        size = shape.shape if whole else values.shape(path)
-        named = text(path) if whole else f"{text(path)}[{layer}]"
-        rows.append(Tensor(origin.name, size, np.dtype(made), _no_values, named, rule, tuple(filter(None, sources))))
-    return rows
-
-
-def _no_values() -> np.ndarray:
-    raise ValueError("parameters of a run are written by Orbax, from their devices")
 
 
 def _own_config(experiment: Experiment, table: np.dtype, merge: bool) -> Experiment:

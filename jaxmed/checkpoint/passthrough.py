@@ -9,17 +9,19 @@ import numpy as np
 
 from jaxmed.checkpoint.mapped import release
 from jaxmed.checkpoint.tensor_files import Tensor
-from jaxmed.checkpoint.values import Values
+from jaxmed.checkpoint.values import Parameters
 
 RULE = "copied"
 
 
-def copied(values: Values, named: Callable[[str], str], wanted: Callable[[str], bool], dtype: np.dtype | None) -> list[Tensor]:
+def copied(
+    values: Parameters, named: Callable[[str], str], wanted: Callable[[str], bool], dtype: np.dtype | None
+) -> list[Tensor]:
     """The surplus tensors whose canonical names are `wanted`; `named`: canonical name -> the one in the file."""
     return [_tensor(values, key, named(key), dtype) for key in values.surplus if wanted(key)]
 
 
-def _tensor(values: Values, key: str, name: str, dtype: np.dtype | None) -> Tensor:
+def _tensor(values: Parameters, key: str, name: str, dtype: np.dtype | None) -> Tensor:
     array = values.surplus[key]
 
     def make() -> np.ndarray:

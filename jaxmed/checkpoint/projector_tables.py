@@ -28,13 +28,20 @@ _PROJECTORS = ("spp", "linear", "identity", "minigpt", "vanilla", "aggregator")
 
 def bridge_rows(experiment: Experiment) -> list[Row]:
     """Everything between tower and decoder."""
-    model, visual = experiment.model, experiment.visual
+    model = experiment.model
+    return part_rows(experiment.visual, model.projector, model.aggregator, model.fusion)
+
+
+def part_rows(
+    visual: VisualConfig, projector: ProjectorConfig, aggregator: AggregatorConfig, fusion: FusionConfig
+) -> list[Row]:
+    """The same, of the parts by themselves."""
     if visual.kind == "none":
         return []
-    rows = projector_rows(visual, model.projector)
-    if model.projector.kind == "aggregator":
-        rows += aggregator_rows(model.aggregator, visual.features)
-    return rows + fusion_rows(model.fusion)
+    rows = projector_rows(visual, projector)
+    if projector.kind == "aggregator":
+        rows += aggregator_rows(aggregator, visual.features)
+    return rows + fusion_rows(fusion)
 
 
 def projector_rows(visual: VisualConfig, projector: ProjectorConfig) -> list[Row]:

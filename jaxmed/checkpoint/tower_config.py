@@ -90,7 +90,7 @@ def tower_config(
             alone = inner is config
             return _hf(inner, where, kind, select, alone) if inner else _hf_from_shapes(tensors, kind, where, select, heads)
         if kind == "dino":
-            return _dino(tensors, where, heads)
+            return _dino(tensors, where, int(_number(inner, "num_heads", where, 0)) or heads)
         return _vit3d(config, where, tensors, select, heads)
     except ConfigError as error:  # sizes that are each a number, but don't go together
         raise UserError(f"{where}: {error}") from error
@@ -253,7 +253,7 @@ def _vit3d(config: dict[str, Any], where: str, tensors: TensorFolder | None, sel
     """M3D-LaMed's config.json holds the sizes of volume and patch, M3D-CLIP's all of them; the shapes know the rest."""
     own = config.get("model_type") == "m3d_clip"  # elsewhere hidden_size is the language model's
     fields = {"hidden_size": "width", "num_layers": "layers", "mlp_dim": "mlp", "num_heads": "heads"}
-    known = {ours: int(_number(config, name, where, 0)) for name, ours in fields.items() if own}
+    known = {ours: int(_number(config, name, where, 0)) for name, ours in fields.items() if own or ours == "heads"}
     assumed = []
     if tensors is not None:
         shapes = TowerShapes(tensors, "patch_embedding.position_embeddings", where)

@@ -56,6 +56,6 @@ def head_count(width: int, given: int, published: int, where: str) -> tuple[int,
     if width % count:
         raise UserError(
             f"{where}: no file says how many attention heads the image tower has, and the published {published} do not "
-            f"divide its width {width}; give their number with --model.tower.heads"
+            f"divide its width {width}; give their number with --set vision.heads=N"
         )
     return count, ["heads"]

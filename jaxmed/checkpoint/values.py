@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from jaxmed.checkpoint import manager
-from jaxmed.checkpoint.adapter import chain
-from jaxmed.checkpoint.folder_kinds import detect
+from jaxmed.checkpoint.adapter import chain, tower_run
+from jaxmed.checkpoint.folder_kinds import is_own
 from jaxmed.checkpoint.load import Path, match_params, read_slice
 from jaxmed.checkpoint.sources import WeightSources, weight_sources
 from jaxmed.config import Experiment, MeshConfig
@@ -149,10 +149,12 @@ class Values(Parameters):
         model, sources = experiment.model, weight_sources(experiment)
         folders = list(chain(model.adapter))
         self.experiment = experiment
-        self.upstream = next((folder for folder in folders if detect(folder) != "run"), "")
+        self.upstream = next((folder for folder in folders if not is_own(folder)), "")
         self.upstream_names: set[str] = set()
         """Canonical names in the upstream folder"""
-        runs = [read_trained(folder) for folder in folders if detect(folder) == "run"]
+        runs = [read_trained(folder) for folder in folders if is_own(folder)]
+        if tower := tower_run(experiment):
+            runs.append(read_trained(tower, "tower/"))
         super().__init__(parameter_shapes(experiment), sources, runs)
         for folder in sources.folders:
             names = sources.names(folder)
@@ -190,9 +192,11 @@ def _nested(leaves: dict[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def read_trained(run: str) -> Trained:
+def read_trained(run: str, part: str = "") -> Trained:
+    """Shapes and dtypes of a folder of ours; `part`: of what begins so alone."""
     step = manager.newest(run)
-    return Trained(run, step, manager.trainable_leaves(run, step))
+    leaves = manager.trainable_leaves(run, step)
+    return Trained(run, step, {name: leaf for name, leaf in leaves.items() if name.startswith(part)})
 
 
 def _read_array(trained: Trained, name: str) -> np.ndarray:

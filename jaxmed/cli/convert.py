@@ -14,12 +14,14 @@ from jaxmed.config import DistributedConfig, MeshConfig
 from jaxmed.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxmed.checkpoint.export_parts import PartPlan
     from jaxmed.checkpoint.export_plan import Plan
 
 HELP = "Write a model as a run of ours, or as a Hugging Face, PEFT, LLaVA, M3D-LaMed or SAMF folder"
 
 DESCRIPTION = """Write a model as others read it, or as our own folder. SRC is a run of `jaxmed train`, a model or an adapter
-as Hugging Face, PEFT, LLaVA, M3D or SAMF wrote it; which, is told from its files.
+as Hugging Face, PEFT, LLaVA, M3D or SAMF wrote it, or a part of one: M3D-CLIP, an image tower, a projector (mm_projector.bin);
+which, is told from its files.
 
   orbax   a run that needs no other folder: every parameter in one checkpoint, read slice by slice onto --mesh; adapters stay
           apart unless --merge is given. `jaxmed generate`, `jaxmed train --model.adapter` and jaxmed.load take it
@@ -30,6 +32,10 @@ as Hugging Face, PEFT, LLaVA, M3D or SAMF wrote it; which, is told from its file
           mm_projector.bin where the projector alone was trained
   lamed   M3D-LaMed's layout; adapters apart in model_with_lora.bin unless --merge is given
   samf    SAMF's layout, likewise
+
+Of parts: a CLIP or SigLIP tower can be hf, a ViT3D hf or lamed (pretrained_ViT.bin), a DINO hf or samf (a .pth), M3D-CLIP hf or
+lamed (its tower), a projector llava, lamed or samf (mm_projector.bin), whose kind it is; each can be orbax, which --tower,
+--model.tower-folder and (projectors) --model.adapter take.
 
 DIR appears when it is complete and verified, with a manifest.json of where everything came from.
 
@@ -88,6 +94,7 @@ def convert(args: Args) -> None:
     from jaxmed.checkpoint.export_folder import check_out, write_export
     from jaxmed.checkpoint.export_plan import DTYPES
     from jaxmed.checkpoint.folder_kinds import KINDS, detect
+    from jaxmed.checkpoint.open_part import part_of_model
     from jaxmed.checkpoint.orbax_export import plan_native
     from jaxmed.checkpoint.tensor_files import parse_size
     from jaxmed.distributed import is_first, say, together
@@ -103,11 +110,14 @@ def convert(args: Args) -> None:
             check_out(args.out)
         kind = detect(args.source)
         say(f"{args.source}: {KINDS[kind]}")
-        experiment = resolve(args.source, args.base, "float32", overrides, args.tower)
-        if args.to == "orbax":
-            plan = plan_native(experiment, DTYPES[args.dtype] if args.dtype else None, args.merge)
+        if part_of_model(args.source):
+            plan = plan_alone(args, overrides)
         else:
-            plan = plan_export(experiment, args.to, args.dtype, args.merge)
+            experiment = resolve(args.source, args.base, "float32", overrides, args.tower)
+            if args.to == "orbax":
+                plan = plan_native(experiment, DTYPES[args.dtype] if args.dtype else None, args.merge)
+            else:
+                plan = plan_export(experiment, args.to, args.dtype, args.merge)
     if args.dry_run:
         if is_first():
             show(plan)
@@ -119,16 +129,31 @@ def convert(args: Args) -> None:
         print(args.out)
 
 
+def plan_alone(args: Args, overrides: dict[str, str]) -> "PartPlan":
+    """Of a part of a model."""
+    from jaxmed.checkpoint.export_parts import plan_part
+    from jaxmed.checkpoint.open_part import open_part
+
+    given = [name for name in ("base", "tower", "merge") if getattr(args, name)]
+    if given:
+        raise UserError(f"--{given[0]}: {args.source} is a part of a model alone, which needs none; leave it out")
+    return plan_part(open_part(args.source, overrides), args.to, args.dtype)
+
+
 def verifier(args: Args, plan: "Plan", overrides: dict[str, str]) -> Callable[[str], None]:
     """What is done with the folder before it gets its name."""
-    from jaxmed import verify
+    from jaxmed import verify, verify_parts
+    from jaxmed.checkpoint.export_parts import PartPlan
     from jaxmed.distributed import say
 
-    reason = verify.reason_not_to(plan) if args.verify else "not verified: --no-verify"
-    if reason:
-        return lambda folder: say(reason)
-    source = verify.Source(args.source, args.base, args.tower, overrides)
-    return lambda folder: verify.verify(plan, source, folder, say)
+    if isinstance(plan, PartPlan):
+        reason, check = verify_parts.reason_not_to(plan), lambda folder: verify_parts.verify(plan, overrides, folder, say)
+    else:
+        source = verify.Source(args.source, args.base, args.tower, overrides)
+        reason, check = verify.reason_not_to(plan), lambda folder: verify.verify(plan, source, folder, say)
+    if not args.verify:
+        reason = "not verified: --no-verify"
+    return (lambda folder: say(reason)) if reason else check
 
 
 def show(plan: "Plan") -> None:

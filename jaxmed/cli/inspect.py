@@ -53,17 +53,15 @@ def inventory(args: Args) -> "Inventory":
     """What a folder or a config consists of."""
     # imported late: --help and flags that are wrong need no JAX
     from jaxmed.checkpoint.folder_kinds import detect
-    from jaxmed.checkpoint.hf_io import open_folder
-    from jaxmed.encoders import encoder_model
-    from jaxmed.train.parts import encoder_inventory, take_inventory, tensor_inventory
+    from jaxmed.checkpoint.open_part import is_part, open_part
+    from jaxmed.train.parts import encoder_inventory, take_inventory
 
     given = common.settings(args.set)
-    kind = "" if not os.path.exists(args.model) or args.model.endswith(".py") or is_run(args.model) else detect(args.model)
-    if kind == "mm_projector":
-        return tensor_inventory(open_folder(args.model).arrays, "projector")
-    if kind in ("m3d_clip", "tower"):
-        model = encoder_model(args.model, None, args.dtype or "bfloat16", given)
-        return encoder_inventory(model.build, model.folder.widths, args.dtype or "bfloat16", args.mesh)
+    there = os.path.exists(args.model) and not args.model.endswith(".py")
+    if there and is_part(args.model):
+        part = open_part(args.model, given)
+        return encoder_inventory(part.build, part.widths, args.dtype or "bfloat16", args.mesh)
+    kind = detect(args.model) if there and not is_run(args.model) else ""
     experiment = describe(args, kind, given)
     if args.dtype:
         experiment = replace_field(experiment, "model.dtype", args.dtype)
