@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmed.config import Experiment, MeshConfig
@@ -73,7 +74,42 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         shape = f"mesh.data {config.data or 'auto'} x fsdp {config.fsdp} x context {config.context} x tensor {config.tensor}"
         raise UserError(f"{shape} does not multiply to the {len(devices)} devices of this job; change the --mesh flags")
     shape = (data, config.fsdp, config.context, config.tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    return Mesh(laid_out(shape, devices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array of `shape`, neighbours on the machine's links along its axes.
+
+    Slices of TPUs, which only the data-centre network joins, lie outermost. A mesh axis takes whole sides of a slice's torus if
+    it can, else a part of one.
+    """
+    slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+    outer = across_slices(shape, slices)
+    if outer is None:
+        raise UserError(
+            f"{slices} slices lie along mesh.data, and what it lacks along mesh.fsdp; data {shape[0]} and fsdp {shape[1]} "
+            f"cannot hold them. Make --mesh.data a multiple of {slices}"
+        )
+    inner = tuple(n // m for n, m in zip(shape, outer, strict=True))
+    try:
+        return _laid_out(inner, outer, devices, split=False)
+    except NotImplementedError:
+        return _laid_out(inner, outer, devices, split=True)
+
+
+def _laid_out(inner: tuple[int, ...], outer: tuple[int, ...], devices: Sequence[Any], split: bool) -> np.ndarray:
+    if math.prod(outer) == 1:
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=split)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=split)
+
+
+def across_slices(shape: tuple[int, ...], slices: int) -> tuple[int, ...] | None:
+    """How many slices each mesh axis spans: data all of them, or data some and fsdp the rest; None: neither is possible."""
+    data, fsdp, *inner = shape
+    if data % slices == 0:
+        return (slices, 1, *(1 for _ in inner))
+    rest = slices // data
+    return (data, rest, *(1 for _ in inner)) if slices % data == 0 and fsdp % rest == 0 else None
 
 
 def rules_for(experiment: Experiment, mesh_shape: dict[str, int]) -> Rules:

@@ -33,7 +33,7 @@ Topologies: {known}.
 class Args:
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
     topology: str
-    """FAMILY:SIZE, such as v5p:2x2x4, v6e:4x4, h100:2x8 (nodes x GPUs) or cpu:8"""
+    """FAMILY:SIZE, such as v5p:2x2x4, v6e:4x4, 2xv5p:2x2x4 (two slices), h100:2x8 (nodes x GPUs) or cpu:8"""
     step: Literal["train", "prefill", "decode"] = "train"
     """What is planned: an optimizer step, or generation's prompt or one token of data.batch rows"""
     length: int = 0
@@ -156,6 +156,8 @@ def show(found: dict[str, Any]) -> None:
     for axis, size in sorted(sent["axes"].items(), key=lambda item: -item[1]):
         table.add_row(axis, f"{size:,.0f}", f"{sent['least'][axis]:,.0f}" if axis in sent["least"] else "")
     console.print(table)
+    if sent["dcn"]:
+        console.print(f"  {gigabytes(sent['dcn'])} of it between slices or nodes, over the data-centre network")
     console.print(f"  counted in {sent['from']}" + (f" ({_plain(sent['why'])})" if sent["why"] else ""))
     for row in sent["rows"][:6]:
         what = f"{row['kind']} over {', '.join(row['axes'])}: {_plain(row['array'])} at {row['source']}"

@@ -31,6 +31,8 @@ class Analysis:
     """As the program states them"""
     least: dict[str, float]
     """Bytes one device must send, by mesh axis"""
+    frozen_twice: float
+    """Bytes one device receives if every split frozen weight comes forward and backward: 2 (n - 1) / n of them, a microbatch"""
     roofline: Roofline
     tokens: int
     """Of one step: rows x length in training and prefill, rows in decoding"""
@@ -71,6 +73,7 @@ def analyse(experiment: Experiment, topology: Topology, step: programs.Step, len
         traffic=traffic,
         sent=sent,
         least=counts.least_sent(experiment, step, length, trained, frozen),
+        frozen_twice=counts.frozen_twice(experiment, step, frozen),
         roofline=roofline(topology, flops, traffic, by_axes, sizes),
         tokens=experiment.data.batch * (length if step != "decode" else 1),
         counted_loops=known,

@@ -78,6 +78,13 @@ def least_sent(experiment: Experiment, step: str, length: int, trained: dict, fr
     return {axis: sent[axis] for axis in sizes if sizes[axis] > 1}
 
 
+def frozen_twice(experiment: Experiment, step: str, frozen: dict) -> float:
+    """(n - 1) / n of the frozen bytes that fsdp splits, forward and backward (generation: forward), every microbatch."""
+    n, training = experiment.mesh.fsdp, step == "train"
+    passes = 2 * experiment.data.microbatches if training else 1
+    return passes * (n - 1) / n * sum(_local(leaf) * n for leaf in frozen.values() if _split(leaf, "fsdp"))
+
+
 def _split(leaf: Any, axis: str) -> bool:
     return any(axis in ((e,) if isinstance(e, str) else e or ()) for e in leaf.sharding.spec)
 

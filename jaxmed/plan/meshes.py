@@ -1,14 +1,13 @@
 """Which meshes a number of devices allows for a config, and the one nearest to what was asked for. Nothing is traced."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 
 from jaxmed.config import Experiment, MeshConfig
 from jaxmed.errors import UserError
 from jaxmed.plan.topology import Topology
-from jaxmed.sharding import AXES, check_divisible
+from jaxmed.sharding import AXES, across_slices, check_divisible
 
 Shape = tuple[int, int, int, int]
 
@@ -33,29 +32,9 @@ def offence(experiment: Experiment, shape: Shape) -> str:
 
 
 def legal_meshes(experiment: Experiment, topology: Topology) -> list[Shape]:
-    """All meshes of the topology's devices over which the config divides and which can be laid on its torus."""
-    return [shape for shape in _shapes(topology.count) if lies(shape, topology) and not offence(experiment, shape)]
-
-
-def lies(shape: Shape, topology: Topology) -> bool:
-    """Whether `jax.make_mesh` can lay a mesh on a torus: each mesh axis takes whole sides of it (v5e's sides may be split)."""
-    chip = topology.chip
-    if chip.platform != "tpu" or chip.family == "v5e":
-        return True
-    sides = [n for n in (*topology.sides, chip.devices) if n > 1]
-    return _covers([n for n in shape if n > 1], sides)
-
-
-def _covers(axes: list[int], sides: list[int]) -> bool:
-    """Whether the sides can be dealt out so that each axis gets sides that multiply to it."""
-    if not axes:
-        return True
-    places = range(len(sides))
-    for chosen in (c for size in range(1, len(sides) + 1) for c in itertools.combinations(places, size)):
-        left = [sides[i] for i in places if i not in chosen]
-        if math.prod(sides[i] for i in chosen) == axes[0] and _covers(axes[1:], left):
-            return True
-    return False
+    """All meshes of the topology's devices over which the config divides and along which its slices can lie."""
+    shapes = (shape for shape in _shapes(topology.count) if across_slices(shape, topology.slices))
+    return [shape for shape in shapes if not offence(experiment, shape)]
 
 
 def _shapes(count: int) -> Iterator[Shape]:
@@ -85,9 +64,10 @@ def check_mesh(experiment: Experiment, topology: Topology) -> Experiment:
         sizes = " x ".join(f"{name} {size}" for name, size in zip(AXES, shape, strict=True))
         problem = f"the mesh {sizes} has {product} devices, {topology.name} has {count}"
     problem = problem or offence(experiment, shape)
-    if not problem and not lies(shape, topology):
-        sides = " x ".join(map(str, topology.sides))
-        problem = f"the mesh {flags(shape)} cannot be laid on a torus of {sides}: each axis takes whole sides of it"
+    if not problem and not across_slices(shape, topology.slices):
+        problem = (
+            f"{topology.slices} slices lie along data, and what it lacks along fsdp: the mesh {flags(shape)} cannot hold them"
+        )
     if not problem:
         return with_mesh(experiment, shape)
     legal = legal_meshes(experiment, topology)

@@ -9,6 +9,7 @@ from jaxmed.plan import sent, verdict
 from jaxmed.plan.analysis import Analysis, analyse, by_axis
 from jaxmed.plan.collectives import from_rows
 from jaxmed.plan.lowering import Compiled, compile_step
+from jaxmed.plan.roofline import dcn_share
 from jaxmed.plan.sent import Collective
 from jaxmed.plan.topology import Topology
 from jaxmed.sharding import AXES
@@ -41,9 +42,9 @@ def make_plan(
         "mesh": dict(zip(AXES, _mesh(experiment), strict=True)),
         "memory": memory_part(found, compiled, topology),
         "flops": flops_part(found, compiled, topology),
-        "sent": sent_part(found, compiled),
+        "sent": sent_part(experiment, topology, found, compiled),
         "time": time_part(experiment, topology, step, found, samples, price),
-        "warnings": warnings(found, compiled),
+        "warnings": warnings(experiment, topology, found, compiled),
         "config": to_dict(experiment),
     }
 
@@ -77,17 +78,21 @@ def flops_part(found: Analysis, compiled: Compiled | None, topology: Topology) -
     return part | ({"compiler_loops_once": compiled.flops} if compiled else {})
 
 
-def sent_part(found: Analysis, compiled: Compiled | None) -> dict[str, Any]:
+def sent_part(experiment: Experiment, topology: Topology, found: Analysis, compiled: Compiled | None) -> dict[str, Any]:
     rows, why = found.sent, compiled.text if compiled else "nothing was compiled"
     if compiled and not why:
         rows, why = _checked(from_rows(compiled.collectives), found)
     read = rows is not found.sent
+    mesh = dict(zip(AXES, _mesh(experiment), strict=True))
     return {
         "from": "the compiled module" if read else "the traced program",
         "why": why,
         "axes": by_axis(rows),
         "stated": by_axis(found.sent),
         "least": found.least,
+        "dcn": sum(c.total * dcn_share(topology, mesh, c.axes) for c in rows),
+        "weights": sum(c.total for c in rows if "fsdp" in c.axes and c.kind in ("all-gather", "permute", "all-to-all")),
+        "frozen_twice": found.frozen_twice,
         "rows": [
             {"kind": c.kind, "axes": list(c.axes), "bytes": c.bytes, "source": c.source, "array": f"{c.dtype}{list(c.shape)}"}
             for c in sent.merged(rows)
@@ -129,10 +134,15 @@ def time_part(
     return part
 
 
-def warnings(found: Analysis, compiled: Compiled | None) -> list[str]:
+def warnings(experiment: Experiment, topology: Topology, found: Analysis, compiled: Compiled | None) -> list[str]:
     notes = list(compiled.notes) if compiled else []
     if not found.counted_loops:
         notes.append("the program has a loop whose length is not known; it is counted once")
+    if topology.slices > experiment.mesh.data:
+        notes.append(
+            f"mesh.data {experiment.mesh.data} is smaller than the {topology.slices} slices: fsdp spans slices, and gathers "
+            "weights over the data-centre network"
+        )
     whole = found.memory.total
     repeated = Counter(what for _, label, what in found.memory.largest if label in ("working set", "activations"))
     sizes = {what: b for b, _, what in found.memory.largest}

@@ -3,7 +3,7 @@
     compute    FLOPs of one device / the chip's peak
     HBM        bytes that products and kernels read and write / the memory's bandwidth
     ICI        bytes sent over each mesh axis / what the links along it carry (NVLink within a node counts here)
-    DCN        the same for mesh axes that leave the slice or the node
+    DCN        the part of it that leaves the slice or the node
 
 The roofline is the largest of the four, as if all else were hidden behind it. What is expected gives each its usual share of
 the sheet's figure.
@@ -12,6 +12,8 @@ the sheet's figure.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from jaxmed.plan.topology import Topology
 
@@ -38,26 +40,30 @@ def roofline(
     chip = topology.chip
     seconds = {"compute": flops / chip.flops, "HBM": traffic / chip.hbm_bandwidth, "ICI": 0.0, "DCN": 0.0}
     for axes, amount in sent.items():
-        network, bandwidth = link(topology, mesh, axes)
-        seconds[network] += amount / bandwidth
+        far = dcn_share(topology, mesh, axes)
+        seconds["ICI"] += amount * (1 - far) / link(topology)
+        seconds["DCN"] += amount * far / chip.dcn
     bound = max(seconds, key=lambda name: seconds[name])
     shares = {"compute": chip.matmul, "HBM": MEMORY_SHARE, "ICI": LINK_SHARE, "DCN": LINK_SHARE}
     return Roofline(seconds, bound, seconds[bound], max(s / shares[name] for name, s in seconds.items()))
 
 
-def link(topology: Topology, mesh: Mapping[str, int], axes: tuple[str, ...]) -> tuple[str, float]:
-    """(ICI or DCN, bytes a second that one device sends along these mesh axes).
+def dcn_share(topology: Topology, mesh: Mapping[str, int], axes: tuple[str, ...]) -> float:
+    """The share of what one device sends along these mesh axes that leaves its slice or node.
 
-    On a torus a mesh axis is taken to run along one side: both directions of a ring, one of a line that does not close.
+    Of n devices in d slices, a collective that first works within each slice sends (d - 1) / (n - 1) of its bytes between them.
     """
-    chip, names = topology.chip, list(mesh)
-    span = 1  # devices between the first and the last of a group, counted along the mesh, last axis fastest
-    for axis in axes:
-        inner = math.prod(mesh[n] for n in names[names.index(axis) + 1 :])
-        span += inner * (mesh[axis] - 1)
-    if span > topology.domain:
-        return "DCN", chip.dcn
+    numbers = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+    group = numbers[tuple(slice(None) if name in axes else 0 for name in mesh)].reshape(-1)
+    domains = len(set((group // topology.domain).tolist()))
+    return (domains - 1) / (len(group) - 1) if len(group) > 1 else 0.0
+
+
+def link(topology: Topology) -> float:
+    """Bytes a second that one device sends along a mesh axis within a slice or node. On a torus the axis is taken to run along
+    one side: both directions of a ring, one of a line that does not close."""
+    chip = topology.chip
     if not chip.dimensions:
-        return "ICI", chip.link
+        return chip.link
     closes = chip.wraps and any(side % chip.wraps == 0 for side in topology.sides)
-    return "ICI", chip.link * (2 if closes else 1)
+    return chip.link * (2 if closes else 1)

@@ -1,6 +1,7 @@
 """Names of slices and clusters, and their devices without having them.
 
 v5p:2x2x4   v5e:4x8   v6e:4x4      TPU slices, as libtpu names them
+4xv5p:2x2x4                        four of them, joined by the data-centre network
 h100:2x8    h200:1x8               nodes x GPUs of a node
 cpu:8                              fake devices of this host (XLA_FLAGS must say so before JAX starts)
 """
@@ -34,10 +35,12 @@ class Topology:
     chip: Chip
     sides: tuple[int, ...]
     """Sides of a TPU's torus; nodes and GPUs a node; fake devices"""
+    slices: int = 1
+    """TPU slices of these sides"""
 
     @property
     def chips(self) -> int:
-        return math.prod(self.sides)
+        return self.slices * math.prod(self.sides)
 
     @property
     def count(self) -> int:
@@ -47,7 +50,7 @@ class Topology:
     @property
     def domain(self) -> int:
         """Devices that fast links join; beyond it is the data-centre network."""
-        return self.sides[1] if self.chip.platform == "cuda" else self.count
+        return self.sides[1] if self.chip.platform == "cuda" else self.count // self.slices
 
 
 def known() -> str:
@@ -56,14 +59,21 @@ def known() -> str:
 
 def parse_topology(name: str) -> Topology:
     """UserError with the list where the name is none."""
-    family, _, size = name.strip().lower().partition(":")
+    several, whole = re.fullmatch(r"(?:(\d+)x)?(.*)", name.strip().lower()).groups()
+    family, _, size = whole.partition(":")
     if family not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", size):
-        raise UserError(f"unknown topology {name!r}; give FAMILY:SIZE. Known are {known()}")
+        raise UserError(
+            f"unknown topology {name!r}; give FAMILY:SIZE, or 2xFAMILY:SIZE for two TPU slices. Known are {known()}"
+        )
     chip, sides = CHIPS[family], tuple(int(n) for n in size.split("x"))
     wanted = chip.dimensions if chip.platform == "tpu" else 2 if chip.platform == "cuda" else 1
     if len(sides) != wanted or min(sides) < 1:
         raise UserError(f"topology {name!r}: {family} sizes have {wanted} number(s), such as {EXAMPLES[family]}")
-    return Topology(f"{family}:{size}", chip, sides)
+    if several is None:
+        return Topology(f"{family}:{size}", chip, sides)
+    if chip.platform != "tpu" or int(several) < 1:
+        raise UserError(f"topology {name!r}: only TPUs have slices; sizes of {family} are such as {EXAMPLES[family]}")
+    return Topology(f"{several}x{family}:{size}", chip, sides, int(several))
 
 
 def siblings(topology: Topology) -> list[Topology]:
@@ -104,11 +114,13 @@ def devices_of(topology: Topology) -> list[Any]:
         return list(jax.devices())
     if platform == "tpu":
         megacore = {"chip_config_name": "megacore"} if topology.chip.family == "v4" else {}  # one device a chip, as it runs
+        slice_name = f"{topology.chip.family}:{'x'.join(map(str, topology.sides))}"
+        settings = megacore | ({"num_slices": topology.slices} if topology.slices > 1 else {})
         try:
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **megacore).devices)
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=slice_name, **settings).devices)
         except Exception as error:
             sizes = EXAMPLES[topology.chip.family]
-            raise UserError(f"libtpu knows no topology {topology.name}; usual ones are {sizes} ({_first(error)})") from error
+            raise UserError(f"libtpu knows no topology {slice_name}; usual ones are {sizes} ({_first(error)})") from error
     nodes, gpus = topology.sides
     described = topologies.get_topology_desc(
         platform="cuda", target_config=_gpu_target(topology.chip.family), topology=f"1x{nodes}x{gpus}"

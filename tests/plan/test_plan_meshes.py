@@ -7,7 +7,7 @@ from small import small
 
 from jaxmed.config import MeshConfig
 from jaxmed.errors import UserError
-from jaxmed.plan.meshes import check_mesh, legal_meshes, lies, nearest
+from jaxmed.plan.meshes import check_mesh, legal_meshes, nearest
 from jaxmed.plan.topology import parse_topology
 
 EIGHT = parse_topology("cpu:8")
@@ -44,24 +44,11 @@ def test_nearest_counts_doublings():
     assert nearest((1, 4, 1, 1), [(8, 1, 1, 1), (1, 4, 2, 1), (2, 2, 1, 2)]) == (1, 4, 2, 1)
 
 
-@pytest.mark.parametrize(
-    ("topology", "mesh", "possible"),
-    [
-        ("v6e:4x4", (1, 8, 2, 1), False),
-        ("v6e:4x4", (1, 4, 4, 1), True),
-        ("v6e:4x4", (1, 16, 1, 1), True),
-        ("v5e:4x4", (1, 8, 2, 1), True),
-        ("v5p:2x2x4", (1, 8, 2, 1), True),
-        ("v5p:2x2x4", (1, 2, 2, 4), True),
-        ("v5p:2x2x1", (1, 4, 1, 1), True),
-        ("tpu7x:2x2x1", (1, 4, 1, 2), True),
-        ("h100:1x8", (1, 8, 1, 1), True),
-    ],
-)
-def test_a_torus_gives_whole_sides(topology, mesh, possible):
-    assert lies(mesh, parse_topology(topology)) == possible
-
-
-def test_a_mesh_that_a_torus_cannot_take_names_one_that_it_can():
-    with pytest.raises(UserError, match=r"(?s)cannot be laid on a torus of 4 x 4.*nearest legal mesh of v6e:4x4"):
-        check_mesh(on((1, 8, 2, 1)), parse_topology("v6e:4x4"))
+def test_slices_lie_along_data_and_then_along_fsdp():
+    four = parse_topology("4xv5e:2x2")
+    assert check_mesh(on((4, 2, 1, 2), rows=8), four).mesh == MeshConfig(4, 2, 1, 2)
+    assert all(data % 4 == 0 or fsdp % (4 // data) == 0 for data, fsdp, *_ in legal_meshes(on((1, 1, 1, 1), rows=16), four))
+    with pytest.raises(
+        UserError, match=r"(?s)4 slices lie along data.*nearest legal mesh of 4xv5e:2x2: --mesh.data 1 --mesh.fsdp 4"
+    ):
+        check_mesh(on((1, 2, 4, 2), rows=8), four)

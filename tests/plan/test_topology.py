@@ -14,6 +14,8 @@ from jaxmed.plan.topology import check_compiler, environment, parse_topology, si
         ("v5p:2x2x4", 16, 16),
         ("v5e:4x8", 32, 32),
         ("tpu7x:2x2x1", 8, 8),
+        ("2xv5p:2x2x4", 32, 16),
+        ("3xv6e:2x2", 12, 4),
         ("h100:2x8", 16, 8),
         ("h200:1x8", 8, 8),
         ("cpu:8", 8, 8),
@@ -24,7 +26,9 @@ def test_names(name, count, domain):
     assert (found.name, found.count, found.domain) == (name, count, domain)
 
 
-@pytest.mark.parametrize("name", ["v9z:2x2", "v5p", "v5p:", "v5p:2x2", "h100:8", "cpu:2x2", "v5e:0x4", "h100:2xx8"])
+@pytest.mark.parametrize(
+    "name", ["v9z:2x2", "v5p", "v5p:", "v5p:2x2", "h100:8", "cpu:2x2", "v5e:0x4", "h100:2xx8", "0xv5e:2x2", "2xh100:2x8"]
+)
 def test_an_unknown_name_is_answered_with_the_known_ones(name):
     with pytest.raises(UserError, match=r"4x8|2x2x4|1x8|1, 2, 4"):
         parse_topology(name)
