@@ -17,6 +17,7 @@ from jaxmed.checkpoint.hf_config import decoder_of, read_config
 from jaxmed.checkpoint.hf_io import read_json
 from jaxmed.checkpoint.manager import FOLDER, newest, read_meta
 from jaxmed.checkpoint.multimodal_folders import resolve_folder
+from jaxmed.checkpoint.projector_folders import open_projector
 from jaxmed.cli.validate_pairs import check_pairs, encoders_of, with_pretrained_tower
 from jaxmed.config import DataConfig, DecoderConfig, Experiment
 from jaxmed.data.inputs import TOKEN_KINDS
@@ -50,8 +51,8 @@ def resolve(experiment: Experiment, given: Iterable[str]) -> tuple[Experiment, l
     if experiment.task == "contrastive":
         return _contrastive(experiment, given)
     assumed: list[str] = []
-    if experiment.has_tower and is_own(experiment.model.tower_folder):
-        found = with_pretrained_tower(experiment)
+    if _tower_apart(experiment):
+        found = with_pretrained_tower(experiment, given)
         experiment = _keep_given(before, found, given, experiment.model.tower_folder)
     if experiment.model.base and not is_run(experiment.model.adapter) and detect_base(experiment.model.base) in WHOLE:
         found = _grafted(experiment, *_whole(experiment, given, assumed))
@@ -65,6 +66,12 @@ def resolve(experiment: Experiment, given: Iterable[str]) -> tuple[Experiment, l
         made_for = f"the language model was made for {experiment.model.decoder.max_positions:,} positions"
         notices.append(f"{made_for}, data.buckets goes up to {longest:,}: what it writes there may be poor")
     return experiment, notices
+
+
+def _tower_apart(experiment: Experiment) -> bool:
+    """Whether a folder of its own says what the tower is: beside a whole model of others that model does."""
+    folder, base = experiment.model.tower_folder, experiment.model.base
+    return experiment.has_tower and bool(folder) and (is_own(folder) or not base or detect_base(base) not in WHOLE)
 
 
 def _contrastive(experiment: Experiment, given: frozenset[str]) -> tuple[Experiment, list[str]]:
@@ -150,10 +157,21 @@ def _from_adapter(experiment: Experiment, given: frozenset[str], assumed: list[s
     if kind == "peft":
         lora = lora_config(read_json(os.path.join(folder, "adapter_config.json")), folder)
         return dataclasses.replace(experiment, lora=dataclasses.replace(lora, dropout=experiment.lora.dropout))
+    if kind == "part":
+        return _with_projector(experiment, folder)
     config = read_config(folder) if os.path.exists(os.path.join(folder, "config.json")) else {}
     projector = dataclasses.replace(model.projector, kind=config.get("mm_projector_type", model.projector.kind))
     visual = dataclasses.replace(experiment.visual, features=config.get("mm_hidden_size", experiment.visual.features))
     return dataclasses.replace(experiment, model=dataclasses.replace(model, projector=projector), visual=visual)
+
+
+def _with_projector(experiment: Experiment, folder: str) -> Experiment:
+    """A projector in our own form."""
+    found = open_projector(folder, {})
+    parts = {"projector": found.projector, "aggregator": found.aggregator, "fusion": found.fusion}
+    own = experiment.visual
+    visual = dataclasses.replace(own, features=found.visual.features, norm=found.visual.norm, positions=found.visual.positions)
+    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, **parts), visual=visual)
 
 
 def _from_run(experiment: Experiment, run: Experiment) -> Experiment:
