@@ -37,8 +37,7 @@ def check_files(paths: Sequence[str], visual: VisualConfig, records_path: str) -
     if visual.kind in TOKEN_KINDS:
         return _check_tokens(paths, visual, records_path)
     paths = sorted(set(paths))
-    volumes = (visual.volume, visual.prepare.index, visual.prepare.series) if visual.kind == "volumes" else ""
-    key = f"{VERSION} {visual.kind} {volumes}"
+    key = f"{VERSION} {visual.kind} {_asked_of_volumes(visual) if visual.kind == 'volumes' else ''}"
     known = _unpack(cache.read(records_path, "files", key))
     pieces = [paths[start : start + PIECE] for start in range(0, len(paths), PIECE)]
     with ThreadPoolExecutor(READERS) as pool:
@@ -50,6 +49,12 @@ def check_files(paths: Sequence[str], visual: VisualConfig, records_path: str) -
         cache.write(records_path, "files", key, {"files": np.frombuffer(json.dumps(good).encode(), np.uint8)})
     grid = (visual.slices, 1, 1) if visual.kind == "slices" else visual.grid
     return {path: ImageFile(problem, grid) for path, (_, problem) in zip(paths, found, strict=True)}
+
+
+def _asked_of_volumes(visual: VisualConfig) -> tuple[object, ...]:
+    """All that the heads of volumes are checked against."""
+    prepare = visual.prepare
+    return visual.volume, prepare.preset, prepare.index, prepare.series, prepare.metadata, stamp(prepare.metadata)
 
 
 def _check_tokens(paths: Sequence[str], visual: VisualConfig, records_path: str) -> dict[str, ImageFile]:

@@ -13,10 +13,10 @@ N tokens of an image, C features, D, H, W depth, rows and columns, S slices. A s
 give it. The first two kinds may differ in N from file to file; what a tower reads has `visual.tokens` tokens always.
 """
 
-import functools
 import math
 import os
 import sys
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from jaxmed.config import DataConfig, VisualConfig
 from jaxmed.data import embeddings, images, slices
 from jaxmed.data.ct_rate import flat_path
 from jaxmed.data.embeddings import Grid
-from jaxmed.data.prepare import Frame, Prepared
+from jaxmed.data.prepare import Frame, Prepared, metadata_row
 from jaxmed.data.volume_cache import prepared
 from jaxmed.data.volume_sources import check as check_volume
 from jaxmed.data.volume_sources import kind_of
@@ -36,6 +36,8 @@ TOKEN_KINDS = ("embeddings", "codes")
 """Kinds whose files hold tokens; the others are what a tower reads"""
 FOLDERS = {"embeddings": "embeddings", "codes": "embeddings", "pixels": "images", "volumes": "volumes", "slices": "volumes"}
 """Kind -> the field of the data config that names the folder of its files"""
+NOTICES = 50
+"""Lines about volumes that a process writes at most"""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def check_header(path: str, visual: VisualConfig) -> str:
             _volume_header(path, visual)
         elif visual.kind == "volumes":
             check_volume(path, visual.prepare)
+            metadata_row(path, visual.prepare)
     except UserError as error:
         return str(error)
     if visual.kind == "pixels":
@@ -136,15 +139,28 @@ def read_prepared(path: str, visual: VisualConfig) -> Prepared:
             "prepared", "", "", (0.0, 0.0, 0.0), visual.volume, tuple((0, n) for n in visual.volume), (0.0, 1.0), ""
         )
         return Prepared(_read_volume(path, visual), (), unknown)
-    found = prepared(path, visual)
-    for notice in found.notices:
-        _say_once(f"{path}: {notice}")
-    return found
+    return prepared(path, visual, _NOTICES.tell)
 
 
-@functools.lru_cache(maxsize=100_000)
-def _say_once(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+class _Notices:
+    """Lines on stderr, each once, and not without end: the slices of a whole data set may overlap."""
+
+    def __init__(self):
+        self._told: set[str] = set()
+        self._lock = threading.Lock()
+
+    def tell(self, text: str) -> None:
+        with self._lock:
+            if text in self._told or len(self._told) > NOTICES:
+                return
+            self._told.add(text)
+            last = len(self._told) > NOTICES
+        print(
+            "more is to be said of other volumes; visual.prepare.cache counts it" if last else text, file=sys.stderr, flush=True
+        )
+
+
+_NOTICES = _Notices()
 
 
 def _volume_header(path: str, visual: VisualConfig) -> tuple[tuple[int, ...], np.dtype, bool, int]:

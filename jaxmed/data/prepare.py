@@ -130,7 +130,9 @@ def metadata_row(path: str, config: PrepareConfig) -> VolumeMetadata | None:
     """The row of the metadata CSV, where it counts: for the Hounsfield units of NIfTI files."""
     if not config.metadata or config.preset != "hu_window" or os.path.isdir(path):
         return None
-    return _table(config.metadata, os.stat(config.metadata).st_mtime_ns if os.path.exists(config.metadata) else 0).of(path)
+    if not os.path.isfile(config.metadata):
+        raise UserError(f"{config.metadata}: no such file; check visual.prepare.metadata")
+    return _table(config.metadata, os.stat(config.metadata).st_mtime_ns).of(path)
 
 
 @functools.lru_cache(maxsize=4)

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
@@ -67,14 +67,16 @@ def place_of(path: str, visual: VisualConfig) -> str:
     return os.path.join(visual.prepare.cache, f"{name[-LONGEST_NAME:]}-{key_of(path, visual)}.npy")
 
 
-def prepared(path: str, visual: VisualConfig) -> Prepared:
-    """From the cache where the volume is there; else it is prepared, and kept if there is a cache."""
-    if not visual.prepare.cache:
-        return prepare(path, visual)
-    place = place_of(path, visual)
-    found = _read(place, visual)
-    if found is None:
-        found = prepare(path, visual)
+def prepared(path: str, visual: VisualConfig, tell: Callable[[str], None] | None = None) -> Prepared:
+    """From the cache where the volume is there; else it is prepared, and kept if there is a cache. `tell` hears what should be
+    said of a volume that was prepared now."""
+    place = place_of(path, visual) if visual.prepare.cache else ""
+    if place and (found := _read(place, visual)) is not None:
+        return found
+    found = prepare(path, visual)
+    for notice in found.notices if tell else ():
+        tell(f"{path}: {notice}")
+    if place:
         _write(place, found)
     return found
 

@@ -11,6 +11,7 @@ from scans import SIDES, lps_affine, oblique, phantom, save_nifti, turned
 
 import jaxmed
 from jaxmed.config import PrepareConfig, VisualConfig
+from jaxmed.data.input_files import check_files
 from jaxmed.data.inputs import check_header, read_input
 from jaxmed.data.prepare import prepare
 from jaxmed.data.resample import resize
@@ -253,3 +254,25 @@ def test_settings_that_make_no_sense():
             PrepareConfig(**fields)
     with pytest.raises(ValueError, match="not square"):
         visual((4, 6, 7), augment="m3d")
+
+
+def test_what_is_said_of_files_is_said_once(tmp_path, capfd):
+    path = slices(tmp_path / "s", [(4, 5)] * 3 + [(5, 4)], ["1.png", "2.png", "3.png", "4.png"])
+    read_input(path, visual())
+    read_input(path, visual((3, 4, 5)))
+    assert capfd.readouterr().err == f"{path}: 1 of 4 slices are not 4 x 5 pixels and left out (4.png)\n"
+
+
+def test_metadata_without_the_volume_is_known_before_a_voxel_is_read(tmp_path):
+    path = save_nifti(tmp_path / "scan_1.nii.gz", phantom(), lps_affine())
+    table = tmp_path / "m.csv"
+    config = visual(preset="hu_window", metadata=str(table))
+    assert check_header(path, config) == f"{table}: no such file; check visual.prepare.metadata"
+    table.write_text("VolumeName,RescaleSlope,RescaleIntercept,XYSpacing,ZSpacing\nother.nii.gz,1,-1024,1,2\n")
+    assert "scan_1.nii.gz: " in check_header(path, config) and "has no row for it" in check_header(path, config)
+    records = str(tmp_path / "r.json")
+    assert "no row" in check_files([path], config, records)[path].problem
+    table.write_text(table.read_text().replace("other", "scan_1"))
+    assert check_files([path], config, records)[path].problem == ""
+    os.unlink(table)
+    assert "no such file" in check_files([path], config, records)[path].problem
