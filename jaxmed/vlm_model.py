@@ -1,6 +1,6 @@
 """A vision-language model in memory: what `jaxmed.load` returns for runs, LLaVA, LaMed, SAMF and language-model folders.
 
-Batches are padded to few shapes (buckets), and each is compiled once; a result depends on its own prompt alone.
+How it is asked (`generate`, `answer`, `reports`) stands in jaxmed.text_model; here is what it computes on the way, and losses.
 
 Axis letters: T positions of the spliced prompt, V vocabulary with added tokens, N image tokens, C features, D decoder width,
 S slices, F features of a volume.
@@ -15,50 +15,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxmed.checkpoint.load import export_names
-from jaxmed.config import Experiment, MeshConfig
+from jaxmed.config import Experiment
 from jaxmed.data.conversation import (
-    answer_text,
     as_upstream,
-    check_template,
-    encode_prompt_example,
     encode_training,
-    normalise,
     reading_of,
-    text_options,
 )
 from jaxmed.data.examples import Example
 from jaxmed.data.inputs import VisualInput, input_folder, input_path, read_input, token_count
-from jaxmed.data.records import IMAGE_TOKEN, Record, record_from_dict, settle
-from jaxmed.data.tokenizer import IGNORE, Tokenizer
+from jaxmed.data.records import Record, known_records, settle
+from jaxmed.data.tokenizer import IGNORE
 from jaxmed.errors import UserError
 from jaxmed.generate import features
-from jaxmed.generate.engine import Engine, Limits
-from jaxmed.generate.prompts import Prompt, bucket_of, check, left_padded, prompt_of_ids, put
-from jaxmed.generate.sampling import Sampling
-from jaxmed.generate.scheduler import Scheduler, Task, run_all
+from jaxmed.generate.prompts import Prompt, bucket_of, check, left_padded, put
 from jaxmed.generate.training_rows import training_batch
-from jaxmed.generate.weights import load_weights, splits_layers
-from jaxmed.sharding import generation_rules, make_mesh, rules_for, whole_rows
+from jaxmed.text_model import ImageInput, PromptInput, TextModel, same_number
 from jaxmed.train.init import blueprint, start
 from jaxmed.train.step import TokenCrossEntropy
-
-DEFAULT_BATCH = 8
-ImageInput = str | os.PathLike | np.ndarray | None
-PromptInput = str | Sequence[Any] | np.ndarray
-"""The user's turn; or a conversation so far, (role, text) pairs or {"from", "value"} dicts; or ids, -200 at an image."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    text: str
-    """The answer without its end token"""
-    token_ids: list[int]
-    """All generated ids, the end token included where one came"""
-    finish_reason: str
-    """`stop` (an end token) or `length`"""
 
 
 class Result(dict):
@@ -71,113 +46,12 @@ class Result(dict):
             raise AttributeError(name) from None
 
 
-class Model:
+class Model(TextModel):
     """Weights are read when they are first needed, in the form that is needed: merged for generation, apart for gradients."""
-
-    def __init__(self, experiment: Experiment, mesh: Mesh | None):
-        self.mesh = mesh or make_mesh(MeshConfig(), jax.local_devices())
-        shape = dict(self.mesh.shape)
-        self.rows = shape["data"] * shape["fsdp"]
-        data = dataclasses.replace(experiment.data, batch=self.rows, microbatches=1, buckets=(2 * shape["context"],))
-        self.experiment = dataclasses.replace(experiment, data=data)
-        self.rules = whole_rows(rules_for(experiment, shape))
-        model = experiment.model
-        self.tokenizer = Tokenizer.from_folder(model.tokenizer or model.base, model.added_tokens)
-        self.options = text_options(experiment)
-
-    @functools.cached_property
-    def engine(self) -> Engine:
-        """The sampler over merged weights."""
-        with jax.set_mesh(self.mesh):
-            platform = self.mesh.devices.flat[0].platform
-            weights = load_weights(self.experiment, self.mesh, self.rules, splits_layers(platform))
-        decoder = self.experiment.model.decoder
-        added = tuple(range(decoder.vocab, decoder.vocab + len(self.experiment.model.added_tokens)))
-        eos = tuple(i for i in self.experiment.model.end_ids or self.tokenizer.eos_ids if i not in added)
-        rules = generation_rules(self.experiment, dict(self.mesh.shape))
-        return Engine(weights.graphdef, weights.params, weights.experiment, self.mesh, rules, Limits(eos, added))
-
-    # -- inputs ------------------------------------------------------------------------------------------------------------
-
-    def preprocess(self, image: ImageInput) -> np.ndarray:
-        """A file, or an array as such a file holds it -> what the model reads: token files [N, C] float32 or [N'] uint32
-        codes; 2-D images [H, W, 3], prepared volumes [D, H, W, 1], slices of a volume [S, H, W], all float32."""
-        return self.read(image).values
-
-    def read(self, image: ImageInput) -> VisualInput:
-        """The same with its token grid."""
-        if isinstance(image, str | os.PathLike):
-            path = os.fspath(image)
-            image = path if os.path.exists(path) else input_path("", path, self.experiment.visual)
-        return read_input(image, self.experiment.visual)
-
-    def prompt(self, image: ImageInput | Sequence[ImageInput], prompt: PromptInput, template: str = "") -> Prompt:
-        """An image (or several, or None) and a prompt as the engine takes them."""
-        several = list(image) if isinstance(image, list | tuple) else [] if image is None else [image]
-        images = tuple(self.read(i) for i in several)
-        if isinstance(prompt, np.ndarray):
-            made = prompt_of_ids(
-                prompt.astype(np.int32), images, self.tokenizer, template or self.experiment.data.template, self.options
-            )
-        else:
-            made = self.conversation(_turns(prompt, len(images)), images, template)
-        check(made, self.experiment, "prompt")
-        return made
-
-    def conversation(self, turns: Sequence[tuple[str, str]], images: Sequence[VisualInput], template: str = "") -> Prompt:
-        """(role, text) turns, human and gpt in turn, the last one human; shows as many of `images` as the turns have places.
-
-        Models of 2-D images get each turn's `<image>` first, as their upstream scripts put it; the others take texts verbatim.
-        """
-        name = template or self.experiment.data.template
-        check_template(name, self.tokenizer)
-        if self.experiment.visual.kind == "pixels":
-            turns = [(role, normalise(text, len(images)) if IMAGE_TOKEN in text else text) for role, text in turns]
-        made = encode_prompt_example([*turns, ("gpt", None)], self.tokenizer, name, self.options)
-        shown = sum(text.count(IMAGE_TOKEN) for _, text in turns)
-        return Prompt(made.ids, tuple(images[:shown]), made.image_start)
-
-    # -- outputs -----------------------------------------------------------------------------------------------------------
-
-    def generate(
-        self,
-        images: Sequence[ImageInput],
-        prompts: Sequence[PromptInput],
-        max_new_tokens: int = 64,
-        batch: int = DEFAULT_BATCH,
-        template: str = "",
-        **sampling: Any,
-    ) -> list[Generation]:
-        """One answer a prompt. `images`: one a prompt, a path, an array as the file holds it, or None.
-
-        `sampling`: temperature, top_k, top_p, repetition_penalty, seed (see jaxmed.generate.sampling); greedy by default.
-        """
-        _same_number(images, prompts)
-        chosen = Sampling(**sampling)
-        tasks = [Task(n, self.prompt(i, p, template), str(n), 0) for n, (i, p) in enumerate(zip(images, prompts, strict=True))]
-        scheduler = self.scheduler(batch, chosen, max_new_tokens)
-        found = {task.name: ids for task, ids in run_all(scheduler, tasks)}
-        return [self.generation(found[n], template) for n in range(len(tasks))]
-
-    def scheduler(self, batch: int, sampling: Sampling, max_new_tokens: int) -> Scheduler:
-        """For commands that make their own tasks; `batch` is rounded up to what the mesh divides."""
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        rows = -(-max(batch, 1) // self.rows) * self.rows
-        return Scheduler(self.engine, self.engine.experiment, rows, sampling, max_new_tokens)
-
-    def generation(self, ids: np.ndarray, template: str = "") -> Generation:
-        """Generated ids as text, cleaned up as upstream's tokenizer did, without the end token."""
-        ended = len(ids) > 0 and int(ids[-1]) in self.engine.limits.eos_ids
-        return Generation(self.answer(ids, template, keep_special=False), ids.tolist(), "stop" if ended else "length")
-
-    def answer(self, ids: np.ndarray, template: str, keep_special: bool) -> str:
-        """Generated ids as text; `keep_special` leaves end tokens and their like in it, as upstream does."""
-        return answer_text(ids.tolist(), self.tokenizer, template or self.experiment.data.template, keep_special)
 
     def logits(self, images: Sequence[ImageInput], prompts: Sequence[PromptInput], template: str = "") -> list[np.ndarray]:
         """Per prompt [T, V] float32, at every position of the spliced prompt (image places included, padding cut off)."""
-        _same_number(images, prompts)
+        same_number(images, prompts)
         size = self.experiment.model.decoder.vocab + len(self.experiment.model.added_tokens)
         result = []
         for image, prompt in zip(images, prompts, strict=True):
@@ -230,7 +104,7 @@ class Model:
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """What SAMF's fusion looks at: weights of the slices [S] and of the prompt's ids [T], each with sum 1, a prompt."""
         self._needs_fusion("fusion_weights")
-        _same_number(images, prompts)
+        same_number(images, prompts)
         result = []
         for image, prompt in zip(images, prompts, strict=True):
             batch = self._batch(self.prompt(image, prompt, template))
@@ -283,8 +157,7 @@ class Model:
     def _examples(self, records: Sequence[Mapping[str, Any] | Record], template: str) -> list[tuple[Example, Record]]:
         name = template or self.experiment.data.template
         reading = reading_of(self.experiment)
-        known = [r if isinstance(r, Record) else record_from_dict(dict(r), n, reading=reading) for n, r in enumerate(records)]
-        known = [settle(r, self.options.missing_image_token) for r in known]
+        known = [settle(r, self.options.missing_image_token) for r in known_records(records, reading)]
         return [(encode_training(r, self.tokenizer, name, self.options), r) for r in known]
 
     def loss(
@@ -362,19 +235,3 @@ def without_dropout(experiment: Experiment) -> Experiment:
 
 def _loss_of(mean: jax.Array, count: jax.Array, right: jax.Array) -> Result:
     return Result(loss=float(mean), token_count=int(count), token_accuracy=int(right) / int(count))
-
-
-def _same_number(images: Sequence[Any], prompts: Sequence[Any]) -> None:
-    if len(images) != len(prompts):
-        raise UserError(f"{len(images)} images for {len(prompts)} prompts; give one a prompt, None where there is none")
-
-
-def _turns(prompt: str | Sequence[Any], images: int) -> list[tuple[str, str]]:
-    """The conversation that a prompt means; an image without a place goes in front of the first turn."""
-    if isinstance(prompt, str):
-        turns = [("human", prompt)]
-    else:
-        turns = [(t["from"], t["value"]) if isinstance(t, Mapping) else (t[0], t[1]) for t in prompt]
-    if images and not any(IMAGE_TOKEN in text for _, text in turns):
-        turns[0] = (turns[0][0], "\n".join([IMAGE_TOKEN] * images + [turns[0][1]]))
-    return turns

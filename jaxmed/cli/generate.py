@@ -3,10 +3,10 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -17,6 +17,7 @@ from jaxmed.cli import common
 from jaxmed.config import Experiment, MeshConfig
 from jaxmed.data.conversation import reading_of
 from jaxmed.data.inputs import FOLDERS, input_folder
+from jaxmed.data.record_files import records_file
 from jaxmed.data.records import Reading, Record, load_records, where
 from jaxmed.errors import UserError
 from jaxmed.preemption import Preemption, listening
@@ -28,7 +29,10 @@ DESCRIPTION = """Write an answer for every human turn of every record, greedily 
 FOLDER is a run of `jaxmed train`, an upstream folder (LLaVA, TinyLLaVA, M3D-LaMed, SAMF; merged, or an adapter with --base), or
 a Hugging Face language model. The folder of the image files is --embeddings, --images or --volumes, as the model reads.
 
-Each finished study is on disk at once; started again, the same command does only what is missing. Asked to end (SIGTERM), it
+Records about the same images are answered together: the images, and what the prompts begin with alike, go through the model
+once for up to --batch of them. The counts at the end say what that saved.
+
+Each finished record is on disk at once; started again, the same command does only what is missing. Asked to end (SIGTERM), it
 finishes the batch at hand and exits with 75. Several processes share the studies with --process and --processes, each on its
 own devices; the one that finds all studies done writes the final file.
 
@@ -76,6 +80,20 @@ class Args:
     """Conversation template; "": the folder's"""
     token_ids: bool = False
     """Add the generated ids to each answer"""
+    answers: Literal["generated", "likelihood"] = "generated"
+    """How questions with options are answered: by writing, or by the likelihood of each option (nothing is generated for them,
+    and the result has their probabilities)"""
+    likelihood: Literal["letters", "options", "texts"] = "letters"
+    """With --answers likelihood, of what: the letter, letter and text as in M3D's targets, or the option's text alone"""
+    per_token: bool = False
+    """With --answers likelihood: the mean over an option's tokens in place of their sum, so that long ones do not lose"""
+    calibration: Literal["none", "batch"] = "none"
+    """With --answers likelihood: divide each letter's probability by its mean over the set (batch calibration, arXiv
+    2309.17249). It is applied to the finished file alone: the same command with another choice only writes that anew"""
+    submission: str = ""
+    """AMOS-MM: the challenge's file, --records' entries with the findings written here and a prediction a question"""
+    submission_with: tuple[str, ...] = ()
+    """Results of earlier runs over the same entries that go into --submission too, such as the other task's"""
     keep_special_tokens: bool = False
     """Leave end tokens and their like in the printed text, as upstream does"""
     control: Literal["", "shuffled", "zeros", "noise"] = ""
@@ -104,9 +122,12 @@ def run(argv: list[str]) -> int:
 def _run(args: Args, defects: frozenset[str], preemption: Preemption) -> int:
     # imported late: --help and the errors above need none of it
     from jaxmed.api import Model, load
+    from jaxmed.generate.engine import counted
     from jaxmed.generate.journal import Journal
+    from jaxmed.generate.request import Request, check_records
     from jaxmed.generate.sampling import Sampling
-    from jaxmed.generate.studies import Request, Writer, check_records, finish
+    from jaxmed.generate.studies import Writer, finish, studies_of
+    from jaxmed.generate.submission import write_submission
     from jaxmed.sharding import make_mesh, mesh_notices
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
@@ -129,31 +150,50 @@ def _run(args: Args, defects: frozenset[str], preemption: Preemption) -> int:
         "history_eot" in defects,
         args.keep_special_tokens,
         args.token_ids,
+        args.likelihood if args.answers == "likelihood" else None,
+        args.per_token,
     )
     skip = args.on_bad_record == "skip"
     usable, problems = check_records(records, problems, request, model, skip)
     journal = Journal(args.out, request.header(model), args.process)
     # shares of all studies, not of the missing ones: another process may have begun a while ago
-    share = [record for record in usable[args.process :: args.processes] if record.id not in journal.done]
+    share = studies_of(usable, request)[args.process :: args.processes]
+    missing = sum(record.id not in journal.done for study in share for record in study)
     done = sum(record.id in journal.done for record in usable)
-    common.notice(f"{args.out}: {done} of {len(usable)} studies are done, {len(share)} are this process's")
+    common.notice(f"{args.out}: {done} of {len(usable)} records are done, {missing} are this process's")
     try:
-        if share:
+        if missing:
             writer = Writer(model, request, args.batch)
-            with _progress(len(share)) as advance, preemption.holding():
+            with _progress(missing) as advance, preemption.holding():
                 leave = partial(preemption.leave_if_reached, ASKED_TO_END)
                 problems += writer.run(share, usable, journal, skip, advance, leave)
+            common.notice(counted(model.engine.counts))
     finally:
         journal.close()
     bad = {problem.where for problem in problems}
-    complete = finish(journal, [record for record in usable if where(record) not in bad])
-    _report(args, problems, complete)
+    kept = [record for record in usable if where(record) not in bad]
+    written = finish(journal, kept, partial(_calibrated, args, kept))
+    if written is not None and args.submission:
+        write_submission(args.submission, args.records, [*args.submission_with, args.out], records)
+    _report(args, problems, written is not None)
     return 0
+
+
+def _calibrated(args: Args, records: Sequence[Record], entries: list[Any]) -> list[Any]:
+    from jaxmed.generate.choices import calibrate
+
+    if args.calibration == "none":
+        return entries
+    made, notices = calibrate(entries, {record.id: record.options for record in records})
+    for text in notices:
+        common.notice(text)
+    return made
 
 
 def _reading(experiment: Experiment, defects: Collection[str]) -> Reading:
     """Upstream's scripts for 2-D images show the image whether or not the question names its place."""
     reading = reading_of(experiment, frozenset(defects))
+    reading = replace(reading, unanswered=reading.placeholders)  # a test set has no reports
     return replace(reading, missing_image_token="prepend") if experiment.visual.kind == "pixels" else reading
 
 
@@ -171,13 +211,20 @@ def _folder(args: Args, experiment: Experiment) -> str:
 
 
 def _check(args: Args) -> None:
-    if not os.path.isfile(args.records):
+    if not os.path.isfile(records_file(args.records)):
         raise UserError(f"--records {args.records}: no such file")
     for name in ("embeddings", "images", "volumes"):
         if getattr(args, name) and not os.path.isdir(getattr(args, name)):
             raise UserError(f"--{name} {getattr(args, name)}: no such folder")
     if not 0 <= args.process < args.processes:
         raise UserError(f"--process {args.process} must be at least 0 and below --processes {args.processes}")
+    if args.answers != "likelihood" and (args.per_token or args.calibration != "none" or args.likelihood != "letters"):
+        raise UserError("--likelihood, --per-token and --calibration belong to --answers likelihood; add that")
+    if args.submission_with and not args.submission:
+        raise UserError("--submission-with: belongs to --submission, the file to be written")
+    for path in args.submission_with:
+        if not os.path.isfile(path):
+            raise UserError(f"--submission-with {path}: no such file")
     if args.batch < 1 or args.max_new_tokens < 1:
         raise UserError("--batch and --max-new-tokens must be at least 1")
     parent = os.path.dirname(os.path.abspath(args.out))
@@ -186,8 +233,8 @@ def _check(args: Args) -> None:
 
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[Record], None]]:
-    """A bar on stderr that advances by a study."""
-    columns = (TextColumn("studies"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """A bar on stderr that advances by a record."""
+    columns = (TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=total)
         yield lambda record: progress.advance(task)

@@ -2,7 +2,7 @@
 
 A prompt's bucket depends on the prompt alone: its images' tokens at their largest, plus its text rounded up to a power of two.
 
-Axis letters: B batch, T bucket, I images, N tokens an image, C features.
+Axis letters: B batch, T bucket, R branches a row, U tokens of a branch's rest, I images, N tokens an image, C features.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jaxmed.data.rows import splice
 from jaxmed.data.tokenizer import IGNORE, IMAGE_ID, Tokenizer
 from jaxmed.errors import UserError
 from jaxmed.sharding import Rules, balanced_order, batch_specs, to_shardings
-from jaxmed.types import Batch
+from jaxmed.types import Array, Batch
 
 SHORTEST_TEXT = 64
 IMAGE_STEP = 64
@@ -63,6 +63,23 @@ def prompt_length(prompt: Prompt, experiment: Experiment) -> int:
     return len(prompt.ids) - len(prompt.images) + sum(places(i, experiment) for i in prompt.images)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """How each prompt of a row goes on behind what all of them begin with, padded on the left."""
+
+    tokens: Array
+    """[B, R, U] int32 ([B, R * U] on devices)"""
+    positions: Array
+    """as tokens, behind those of the prefix"""
+    valid: Array
+    """as tokens, bool; a branch without a prompt has none"""
+    reach: Array
+    """[B] int32, up to which position the longest answer of a row may grow"""
+    branches: int = dataclasses.field(metadata={"static": True})
+    """R"""
+
+
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
     """The compiled shape that holds a prompt."""
@@ -82,7 +99,8 @@ class Bucket:
         return self.images * self.stride + self.text
 
 
-def bucket_of(prompt: Prompt, experiment: Experiment) -> Bucket:
+def bucket_of(prompt: Prompt, experiment: Experiment, shortest: int = SHORTEST_TEXT) -> Bucket:
+    """`shortest`: tokens of text that the smallest bucket holds."""
     visual, projector = experiment.visual, experiment.model.projector
     text = prompt_length(prompt, experiment) - sum(places(i, experiment) for i in prompt.images)
     largest = max((token_count(i.grid, visual) for i in prompt.images), default=0)
@@ -90,7 +108,12 @@ def bucket_of(prompt: Prompt, experiment: Experiment) -> Bucket:
     stride = tokens
     if prompt.images and (projector.pooled or fixed_size(experiment)):
         stride = experiment.places(tokens, visual.grid)
-    return Bucket(len(prompt.images), tokens, stride, max(SHORTEST_TEXT, 1 << (text - 1).bit_length()))
+    return Bucket(len(prompt.images), tokens, stride, power_of_two(text, shortest))
+
+
+def power_of_two(length: int, least: int) -> int:
+    """The smallest power of two that holds `length`, `least` at least."""
+    return max(least, 1 << max(length - 1, 0).bit_length())
 
 
 def fixed_size(experiment: Experiment) -> bool:

@@ -77,7 +77,7 @@ class Case:
         for row, answer in zip(rows, made, strict=True):
             assert answer.token_ids == row["token_ids"], row["id"]
             assert (answer.finish_reason == "stop") == (answer.token_ids[-1] in about["end_ids"])
-            assert model.answer(np.asarray(answer.token_ids), template, keep_special=True) == row["answer"]
+            assert model.text_of(np.asarray(answer.token_ids), template, keep_special=True) == row["answer"]
         return made
 
 

@@ -1,0 +1,49 @@
+"""AMOS-MM's submission from finished results: findings by region and a letter a question, in the challenge's own file."""
+
+import json
+from collections.abc import Sequence
+
+from jaxmed.data.amos import is_question, submission
+from jaxmed.data.record_files import parse
+from jaxmed.data.records import Record
+from jaxmed.errors import UserError
+from jaxmed.evaluate.vqa import parse as letter_of
+from jaxmed.generate.journal import write_json
+
+
+def write_submission(out: str, records: str, results: Sequence[str], known: Sequence[Record]) -> None:
+    """`records`: AMOS-MM's dataset.json as the command names it; `results`: finished `*_vqa.json` files over its entries;
+    `known`: its records, for the options of generated answers. BadRecords lists what is missing or not an option."""
+    source = parse(records)
+    if not source.path.lower().endswith(".json"):
+        raise UserError(f"--submission: {source.path} is no dataset.json of AMOS-MM, whose entries the submission repeats")
+    try:
+        with open(source.path, encoding="utf-8-sig") as file:
+            skeleton = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source.path}: cannot be read ({error}); give AMOS-MM's dataset.json") from error
+    if not isinstance(skeleton, dict):
+        raise UserError(f"--submission: {source.path} is a list, not a dataset.json of AMOS-MM with lists by name")
+    options = {record.id: record.options for record in known}
+    predictions: dict[str, str] = {}
+    for path in results:
+        predictions |= _predictions(path, options)
+    write_json(out, submission(skeleton, predictions, source.split))
+
+
+def _predictions(path: str, options: dict[str, dict[str, str]]) -> dict[str, str]:
+    """By the records' names: a report's text, or the letter of a question ("" where an answer names none)."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            answers = [study["conversations_out"][-1] for study in json.load(file)]
+        return {str(answer["id"]): _prediction(answer, options.get(str(answer["id"]), {})) for answer in answers}
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{path}: is no result of `jaxmed generate` ({error})") from error
+
+
+def _prediction(answer: dict[str, str], options: dict[str, str]) -> str:
+    if not is_question(str(answer["id"])):
+        return answer["answer"]
+    if "prediction" in answer:
+        return answer["prediction"]
+    return letter_of(answer["answer"], options) if options else answer["answer"].strip()[:1]
