@@ -4,7 +4,11 @@
     answers = model.generate(["scan.nii_embedded.npz"], ["<image>\\nWrite the report."])
     print(answers[0].text)
 
-See jaxmed.vlm_model.Model for all that a vision-language model does, jaxmed.encoders for towers and contrastive models.
+    model.reports(["scan.nii.gz"])[0]["chest"].text                      # a report of each region, the volume read in once
+    model.answer(["scan.nii.gz"], ["Which phase?"], [{"A": "arterial", "B": "venous"}])[0].probabilities
+
+See jaxmed.text_model and jaxmed.vlm_model for all that a vision-language model does, jaxmed.encoders for towers and
+contrastive models.
 """
 
 import dataclasses
@@ -18,14 +22,16 @@ from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.adapter import run_experiment
 from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.multimodal_folders import OVERRIDES, resolve_folder
+from jaxmed.checkpoint.open_part import part_of_model
 from jaxmed.checkpoint.sources import weights_identity
 from jaxmed.config import Experiment, replace_field
 from jaxmed.distributed import say
 from jaxmed.encoders import ContrastiveModel, TowerModel, encoder_model
 from jaxmed.errors import UserError
-from jaxmed.vlm_model import Generation, Model, Result
+from jaxmed.text_model import Choice, Generation
+from jaxmed.vlm_model import Model, Result
 
-__all__ = ["ContrastiveModel", "Generation", "Model", "Result", "TowerModel", "load", "resolve"]
+__all__ = ["Choice", "ContrastiveModel", "Generation", "Model", "Result", "TowerModel", "load", "resolve"]
 
 
 def load(
@@ -45,7 +51,7 @@ def load(
     Nothing is read from the network. Raises UserError for a folder that cannot be used.
     """
     path = os.fspath(folder)
-    if detect(path) in ("m3d_clip", "tower"):
+    if part_of_model(path) in ("m3d_clip", "tower"):
         return encoder_model(path, mesh, dtype, dict(overrides or {}))
     return Model(resolve(path, os.fspath(base or ""), dtype, overrides or {}, os.fspath(tower or "")), mesh)
 
@@ -71,6 +77,10 @@ def resolve(folder: str, base: str, dtype: str, overrides: Mapping[str, Any], to
 def _of_run(folder: str, base: str, tower: str) -> Experiment:
     """A run's own config, its newest checkpoint as the adapter, base and tower where they are now."""
     found = run_experiment(folder)
+    if found.task == "contrastive":
+        raise UserError(
+            f"{folder}: is a run that trained encoders, no language model; jaxmed.load opens it, --tower takes its tower"
+        )
     meta = manager.read_meta(os.path.join(folder, manager.FOLDER), manager.newest(folder))
     places = {"base": base or found.model.base, "tower_folder": tower or found.model.tower_folder}
     for name, place in places.items():
