@@ -196,7 +196,9 @@ def _from_run(experiment: Experiment, run: Experiment) -> Experiment:
     signature = read_meta(os.path.join(adapter, FOLDER), newest(adapter))["encoder"]
     visual = dataclasses.replace(run.visual, images=experiment.visual.images, encoder=run.visual.encoder or signature)
     if experiment.model.tower.kind == run.model.tower.kind and _same_tokens(run, experiment.visual.kind):
-        visual = dataclasses.replace(visual, kind=experiment.visual.kind)
+        # the tower may be trained from now on, and then its tokens are others
+        signed = "" if experiment.visual.kind == "volumes" else visual.encoder
+        visual = dataclasses.replace(visual, kind=experiment.visual.kind, encoder=signed)
     embed = run.train.train_embed_tokens or experiment.train.train_embed_tokens
     train = dataclasses.replace(experiment.train, train_embed_tokens=embed)
     data = experiment.data if run.model.tower.kind == "none" else _texts_of(experiment, run)

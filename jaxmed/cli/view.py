@@ -13,7 +13,7 @@ from jaxmed.cli import common
 from jaxmed.cli.configured import Configured, configured, split_fields
 from jaxmed.data.hounsfield import Override
 from jaxmed.data.metadata import Metadata
-from jaxmed.errors import BadRecords, Problem, UserError
+from jaxmed.errors import Problem, UserError
 from jaxmed.report import view_input, view_sheet
 from jaxmed.report.view_features import components, patch_place, similarity
 from jaxmed.report.view_planes import Seen
@@ -27,13 +27,16 @@ three principal components of this volume's tokens, the same in all planes; --pa
 are. How volumes are prepared is the config's to say; its fields are flags here too: --visual.prepare.window -160 240."""
 
 
+SHEET = "sheet.png"
+
+
 @dataclass(frozen=True)
 class Args:
     volumes: tyro.conf.Positional[tuple[str, ...]]
     """NIfTI files, folders with a DICOM series or with PNG or JPEG slices, prepared .npy; also images and token files (.npz)"""
     config: str
     """A shipped config, a Python file, or the folder of a run, a model or a tower: what it says of the image input counts"""
-    out: str = "sheet.png"
+    out: str = SHEET
     """The picture; with several volumes a folder of pictures"""
     slices: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: 8, with --features 4)")] = 0
     """Slices of the axial plane; the other two planes show half as many"""
@@ -74,11 +77,14 @@ def run(argv: list[str]) -> int:
             continue
         written += 1
         print(f"Wrote {out}")
-        for notice in seen.notices:
-            common.notice(f"{volume}: {notice}")
     if problems:
-        raise BadRecords(problems)
+        raise UserError(str(problems[0]) if len(args.volumes) == 1 else _listed(problems, written))
     return 0
+
+
+def _listed(problems: list[Problem], written: int) -> str:
+    lines = "".join(f"\n  {problem}" for problem in problems)
+    return f"{len(problems)} of {len(problems) + written} volumes cannot be shown:{lines}"
 
 
 def _check(args: Args) -> None:
@@ -97,20 +103,19 @@ def _outs(args: Args) -> dict[str, str]:
     """Volume -> its picture."""
     if len(args.volumes) == 1:
         return {args.volumes[0]: args.out}
-    if args.out.lower().endswith(".png"):
-        folder = "sheets" if args.out == "sheet.png" else ""
-        if not folder:
-            raise UserError(f"--out {args.out}: {len(args.volumes)} volumes give a picture each; name a folder")
-    else:
-        folder = args.out
-    outs = {volume: os.path.join(folder, f"{_stem(volume)}.png") for volume in args.volumes}
-    if len(set(outs.values())) < len(outs):
-        raise UserError("two of the volumes have the same name; view them one by one")
-    return outs
+    if args.out != SHEET and args.out.lower().endswith(".png"):
+        raise UserError(f"--out {args.out}: {len(args.volumes)} volumes give a picture each; name a folder")
+    folder = "sheets" if args.out == SHEET else args.out
+    volumes = list(dict.fromkeys(args.volumes))
+    stems = [_stem(view_input.name_of(volume)) for volume in volumes]
+    if len(set(stems)) < len(stems):  # then folders tell them apart
+        whole = [os.path.abspath(volume) for volume in volumes]
+        above = os.path.commonpath(whole)
+        stems = [_stem(os.path.relpath(path, above).replace(os.sep, "_")) for path in whole]
+    return {volume: os.path.join(folder, f"{stem}.png") for volume, stem in zip(volumes, stems, strict=True)}
 
 
-def _stem(volume: str) -> str:
-    name = view_input.name_of(volume)
+def _stem(name: str) -> str:
     for ending in (".nii.gz", ".nii", ".npy", ".npz"):
         name = name.removesuffix(ending)
     return name

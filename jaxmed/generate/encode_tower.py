@@ -97,7 +97,7 @@ def describe(tower: Tower, store: Store) -> str:
     return (
         f"Each volume: {' x '.join(map(str, config.image))} voxels ({tower.visual.prepare.preset}) to tokens "
         f"{(1, config.width, *config.grid)}, {size:.2g} MB as {store}\n"
-        f"Tower {tower.name}: {tower.parameters:,} parameters; {tower.rows} volumes at once on {tower.mesh.size} {device}"
+        f"Tower {tower.name}: {tower.parameters:,} parameters; {tower.rows} at once on {tower.mesh.size} {device}"
     )
 
 

@@ -47,7 +47,8 @@ def of_prepared(path: str, prepared: Prepared, visual: VisualConfig) -> Seen:
     if frame.source == "prepared":
         window = (float(values.min()), float(values.max()))
         facts = (("As the model gets it", f"{voxels}, as the file has them: it was prepared before"),)
-        facts += (("Window", f"values {numbers(window, ' to ')} are drawn black to white"),)
+        ends = " to ".join(f"{end:.3g}" for end in window).replace("-", "−")
+        facts += (("Window", f"values {ends} are drawn black to white"),)
         return Seen(name_of(path), values, window, facts, visual.grid, notices=prepared.notices)
     spacing = frame.spacing if all(frame.spacing) else ()
     unit = "grey levels" if frame.source == "slices" else "HU" if config.preset == "hu_window" else "HU by the header's scaling"

@@ -20,7 +20,7 @@ CELL, CELL_ALONE = 224, 448
 MARGIN, GAP, LINE, CAPTION = 24, 14, 20, 20
 TICKS = 20
 """Room for the numbers of the patches above and to the left of a map"""
-RAMP = (120, 10)
+RAMP = (80, 10)
 BACK, INK, SOFT, AMBER = (22, 24, 29), (236, 238, 242), (150, 156, 168), (240, 184, 80)
 
 
@@ -282,7 +282,8 @@ def _legend(features: Features) -> list[tuple[str, list[str | np.ndarray]]]:
         ramp[:, number] = up
         parts += [ramp, f"{colour}: {page.share(share)}"]
     whole = page.share(sum(features.components.shares))
-    lines = [("Components", [*parts, f"({whole} of the variance of this volume's {len(features.components.scores):,} tokens)"])]
+    about = f"together {whole} of the variance of this volume's {len(features.components.scores):,} tokens"
+    lines = [("Components", parts), ("", [about])]
     if features.similarity is not None:
         place = ",".join(map(str, features.place))
         low = f"{features.similarity.min():.2f}".replace("-", "−")

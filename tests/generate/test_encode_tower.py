@@ -49,12 +49,10 @@ def names():
 def test_training_from_tokens_equals_training_from_volumes(tokens):
     out, summary = tokens
     assert summary.written == len(names()) == 4
-    records = [
-        {"id": name, "image": name, "conversations": [{"from": "human", "value": f"<image>{QUESTION}"}, answer]}
-        for name, answer in zip(
-            names(), ({"from": "gpt", "value": f"Finding {n}, no effusion."} for n in range(4)), strict=True
-        )
-    ]
+    records = []
+    for number, name in enumerate(names()):
+        turns = [("human", f"<image>{QUESTION}"), ("gpt", f"Finding {number}, no effusion.")]
+        records.append({"id": name, "image": name, "conversations": [{"from": who, "value": text} for who, text in turns]})
     runs, ran = [], []
     for kind, folder in (("volumes", VOLUMES), ("embeddings", out)):
         overrides = HEADS | {"visual.kind": kind, "train.train_tower": "false"}
@@ -135,7 +133,7 @@ def test_problems_are_told_together_and_the_rest_goes_on(tower, tmp_path):
     assert told.keys() == {"thin.npy", "nan.npy", "air.nii.gz"} and "nothing but air" in told["air.nii.gz"]
     assert len((out / "skipped.jsonl").read_text().splitlines()) == 3
     shutil.copy(volumes / "nan.npy", volumes / "air.npy")
-    with pytest.raises(UserError, match="would both become air.nii_embedded.npz"):
+    with pytest.raises(UserError, match=r"would both become air\.nii_embedded\.npz"):
         encode_tower.names_below(str(volumes))
 
 
@@ -146,7 +144,7 @@ def test_the_command(tmp_path, capsys):
     assert "4 volumes encoded" in said.out and "preparation of 4: prepared before" in said.out
     assert f"--visual.kind embeddings --data.embeddings {tmp_path / 't'} --no-train.train-tower" in said.out
     assert "Each volume: 8 x 24 x 21 voxels (m3d) to tokens (1, 36, 4, 6, 7), 0.024 MB as float32" in said.err
-    with pytest.raises(UserError, match="was written by vit3d-.* m3d@1.*, this is vit3d-.* hu_window@1"):
+    with pytest.raises(UserError, match=r"was written by vit3d-.* m3d@1.*, this is vit3d-.* hu_window@1"):
         command.run([LAMED, *flags, "--visual.prepare.preset", "hu_window"])
     with pytest.raises(UserError, match="--encoder, --codes belong to BTB3D's encoder"):
         command.run([LAMED, *flags, "--encoder", "x.ckpt", "--codes"])
