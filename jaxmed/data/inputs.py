@@ -15,8 +15,8 @@ give it. The first two kinds may differ in N from file to file; what a tower rea
 
 import math
 import os
-import sys
 import threading
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ from jaxmed.data.prepare import Frame, Prepared, metadata_row
 from jaxmed.data.volume_cache import prepared
 from jaxmed.data.volume_sources import check as check_volume
 from jaxmed.data.volume_sources import kind_of
-from jaxmed.errors import UserError
+from jaxmed.errors import Notice, UserError
 
 Source = str | os.PathLike | np.ndarray
 TOKEN_KINDS = ("embeddings", "codes")
@@ -37,7 +37,7 @@ TOKEN_KINDS = ("embeddings", "codes")
 FOLDERS = {"embeddings": "embeddings", "codes": "embeddings", "pixels": "images", "volumes": "volumes", "slices": "volumes"}
 """Kind -> the field of the data config that names the folder of its files"""
 NOTICES = 50
-"""Lines about volumes that a process writes at most"""
+"""About volumes that a process gives at most"""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def check_header(path: str, visual: VisualConfig) -> str:
 
 def read_prepared(path: str, visual: VisualConfig) -> Prepared:
     """A volume of any form as the tower reads it, with its frame; from the cache where there is one. What should be said of
-    the file is said on stderr, once."""
+    the file is a Notice, once."""
     if kind_of(path) == "prepared":
         unknown = Frame(
             "prepared", "", "", (0.0, 0.0, 0.0), visual.volume, tuple((0, n) for n in visual.volume), (0.0, 1.0), ""
@@ -143,7 +143,7 @@ def read_prepared(path: str, visual: VisualConfig) -> Prepared:
 
 
 class _Notices:
-    """Lines on stderr, each once, and not without end: the slices of a whole data set may overlap."""
+    """Each once, and not without end: the slices of a whole data set may overlap."""
 
     def __init__(self):
         self._told: set[str] = set()
@@ -155,9 +155,8 @@ class _Notices:
                 return
             self._told.add(text)
             last = len(self._told) > NOTICES
-        print(
-            "more is to be said of other volumes; visual.prepare.cache counts it" if last else text, file=sys.stderr, flush=True
-        )
+        text = "more is to be said of other volumes; a run with visual.prepare.cache counts it" if last else text
+        warnings.warn(text, Notice, stacklevel=2)
 
 
 _NOTICES = _Notices()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from jaxmed.data.input_files import check_files
 from jaxmed.data.inputs import check_header, read_input
 from jaxmed.data.prepare import prepare
 from jaxmed.data.resample import resize
-from jaxmed.errors import UserError
+from jaxmed.errors import Notice, UserError
 
 GOLDEN = os.path.join(os.path.dirname(__file__), "..", "golden", "vit3d")
 with open(os.path.join(GOLDEN, "case.json"), encoding="utf-8") as _file:
@@ -256,11 +257,14 @@ def test_settings_that_make_no_sense():
         visual((4, 6, 7), augment="m3d")
 
 
-def test_what_is_said_of_files_is_said_once(tmp_path, capfd):
+def test_what_is_said_of_files_is_said_once(tmp_path):
     path = slices(tmp_path / "s", [(4, 5)] * 3 + [(5, 4)], ["1.png", "2.png", "3.png", "4.png"])
-    read_input(path, visual())
-    read_input(path, visual((3, 4, 5)))
-    assert capfd.readouterr().err == f"{path}: 1 of 4 slices are not 4 x 5 pixels and left out (4.png)\n"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_input(path, visual())
+        read_input(path, visual((3, 4, 5)))
+    told = [(warning.category, str(warning.message)) for warning in caught]
+    assert told == [(Notice, f"{path}: 1 of 4 slices are not 4 x 5 pixels and left out (4.png)")]
 
 
 def test_metadata_without_the_volume_is_known_before_a_voxel_is_read(tmp_path):
