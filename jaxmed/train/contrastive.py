@@ -20,7 +20,7 @@ from jaxmed.config import Experiment
 from jaxmed.models.contrastive import Contrast
 from jaxmed.nn.dropout import Dropout
 from jaxmed.sharding import Rules
-from jaxmed.train.step import Metrics, joined, microbatches
+from jaxmed.train.step import Metrics, joined, microbatches, rows_of_piece
 from jaxmed.types import PairBatch
 
 Vectors = tuple[jax.Array, jax.Array]
@@ -44,33 +44,36 @@ class PairContrast:
 
             (value, aux), grads = jax.value_and_grad(whole, has_aux=True)(trainable)
             return _metrics(value, aux, there), grads
-        chunks = microbatches(batch, pieces)
-        vectors = self._all_vectors(trainable, frozen, chunks, key)
+        vectors = self._all_vectors(trainable, frozen, batch, key)
         by_vectors = jax.value_and_grad(self._loss, argnums=(0, 2), has_aux=True)
         # the scale's gradient is whole already, all others are still 0
         (value, aux), (grads, d_vectors) = by_vectors(trainable, frozen, vectors, there)
 
-        def add(grads: Any, piece: tuple[PairBatch, Vectors]) -> tuple[Any, None]:
-            chunk, d_chunk = piece
+        def add(grads: Any, piece: tuple[jax.Array, Vectors]) -> tuple[Any, None]:
+            number, d_chunk = piece
+            chunk = rows_of_piece(batch, pieces, number)
             back = jax.vjp(lambda trainable: self._vectors(trainable, frozen, chunk, key), trainable)[1]
             return jax.tree.map(jnp.add, grads, back(d_chunk)[0]), None
 
-        grads, _ = jax.lax.scan(add, grads, (chunks, microbatches(d_vectors, pieces)))
+        grads, _ = jax.lax.scan(add, grads, (jnp.arange(pieces), microbatches(d_vectors, pieces)))
         return _metrics(value, aux, there), grads
 
     def evaluate(self, trainable: Any, frozen: Any, batch: PairBatch) -> tuple[jax.Array, ...]:
         """-> vectors of volumes and texts, both [B, P], the loss of each pair [B] within this batch, and which pairs are there
         [B]"""
-        chunks = microbatches(batch, self.experiment.data.microbatches)
-        vectors = self._all_vectors(trainable, frozen, chunks, None)
+        vectors = self._all_vectors(trainable, frozen, batch, None)
         there = batch.samples > 0
         _, (losses, _) = self._loss(trainable, frozen, vectors, there)
         return tuple(reshard(x, self.rules.spec(*[None] * x.ndim)) for x in (*vectors, losses, there))
 
-    def _all_vectors(self, trainable: Any, frozen: Any, chunks: PairBatch, key: jax.Array | None) -> Vectors:
-        """Chunk by chunk, in the order of the batch."""
-        _, vectors = jax.lax.scan(lambda _, chunk: (None, self._vectors(trainable, frozen, chunk, key)), None, chunks)
-        image, text = vectors
+    def _all_vectors(self, trainable: Any, frozen: Any, batch: PairBatch, key: jax.Array | None) -> Vectors:
+        """Made chunk by chunk."""
+        pieces = self.experiment.data.microbatches
+
+        def add(_: None, number: jax.Array) -> tuple[None, Vectors]:
+            return None, self._vectors(trainable, frozen, rows_of_piece(batch, pieces, number), key)
+
+        _, (image, text) = jax.lax.scan(add, None, jnp.arange(pieces))
         return joined(image), joined(text)
 
     def _vectors(self, trainable: Any, frozen: Any, batch: PairBatch, key: jax.Array | None) -> Vectors:

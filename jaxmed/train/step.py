@@ -111,6 +111,17 @@ def microbatches(batch: Any, pieces: int) -> Any:
     return jax.tree.map(cut, batch)
 
 
+def rows_of_piece(batch: Any, pieces: int, number: jax.Array) -> Any:
+    """`microbatches(batch, pieces)[number]`, without a copy of the whole batch."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        spec = split_rows(jax.typeof(x).sharding.spec, x.ndim)
+        by_piece = x.reshape(-1, pieces, *x.shape[1:], out_sharding=spec)
+        return jax.lax.dynamic_index_in_dim(by_piece, number, axis=1, keepdims=False)
+
+    return jax.tree.map(cut, batch)
+
+
 def joined(x: jax.Array) -> jax.Array:
     """The inverse for one array, rows split over the mesh: [pieces, B / pieces, ...] -> [B, ...]."""
     spec = join_rows(jax.typeof(x).sharding.spec, x.ndim)
@@ -132,7 +143,9 @@ def is_trainable(experiment: Experiment) -> Callable[[Path], bool]:
             return train.train_head
         if path[-1] == "table":
             return train.train_embed_tokens
-        return train.trainable == "adapter" and path[-1] in ("lora_a", "lora_b", "added")
+        if path[-1] == "added":
+            return train.train_embed_tokens or (train.trainable == "adapter" and train.train_added_rows)
+        return train.trainable == "adapter" and path[-1] in ("lora_a", "lora_b")
 
     return trainable
 
