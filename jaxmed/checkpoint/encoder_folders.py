@@ -35,6 +35,7 @@ from jaxmed.config import (
     TowerConfig,
     TrainConfig,
     VisualConfig,
+    replace_field,
     to_dict,
     to_json,
 )
@@ -47,6 +48,7 @@ from jaxmed.models.presets import TINY
 from jaxmed.models.vit import Vit
 
 _HEADS = ("vision.heads", "slice_encoder.heads", "text.heads")
+_VISUAL = "visual."
 
 
 class Tower(nnx.Module):
@@ -101,11 +103,20 @@ def contrastive_experiment(folder: EncoderFolder) -> Experiment:
 
 
 def open_encoder(path: str, overrides: Mapping[str, Any]) -> EncoderFolder:
-    """What the folder's files say, heads from `overrides` where no file does. Assumptions are told on stderr."""
-    unknown = sorted(set(overrides) - set(_HEADS))
+    """What the folder's files say, heads from `overrides` where no file does; fields of `visual` as `overrides` say.
+    Assumptions are told on stderr."""
+    visual = {name: value for name, value in overrides.items() if name.startswith(_VISUAL)}
+    unknown = sorted(set(overrides) - set(_HEADS) - set(visual))
     if unknown:
-        raise UserError(f"{path}: holds encoders alone, {', '.join(unknown)} cannot be set; known are {', '.join(_HEADS)}")
-    heads = {name: _whole(name, value) for name, value in overrides.items()}
+        known = ", ".join((*_HEADS, f"{_VISUAL}*"))
+        raise UserError(f"{path}: holds encoders alone, {', '.join(unknown)} cannot be set; known are {known}")
+    found = _open(path, {name: _whole(name, overrides[name]) for name in _HEADS if name in overrides})
+    for name, value in visual.items():
+        found = replace(found, visual=replace_field(found.visual, name.removeprefix(_VISUAL), value, _VISUAL))
+    return found
+
+
+def _open(path: str, heads: Mapping[str, int]) -> EncoderFolder:
     image_heads, text_heads = heads.get("vision.heads", heads.get("slice_encoder.heads", 0)), heads.get("text.heads", 0)
     kind = detect(path)
     if kind in ("run", "part"):

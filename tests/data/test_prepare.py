@@ -55,9 +55,9 @@ def test_six_upstream_arrays_are_checked():
 
 def test_equals_upstream_through_a_loaded_model():
     """Folders of slices need no setting; a preset is an override."""
-    folder, heads = os.path.join(GOLDEN, "lamed_merged"), {"vision.heads": 3}
-    for preset in ("m3d_seg", "m3d_refseg"):
-        model = jaxmed.load(folder, overrides=heads | {"visual.prepare.preset": preset})
+    for preset, folder, heads in (("m3d_seg", "lamed_merged", 3), ("m3d_refseg", "m3d_clip", 5)):
+        overrides = {"vision.heads": heads, "visual.prepare.preset": preset}
+        model = jaxmed.load(os.path.join(GOLDEN, folder), overrides=overrides)
         for name in CHECKS:
             if PRESETS.get(name, preset) == preset:
                 want = np.load(os.path.join(GOLDEN, CHECKS[name]["golden"]))
