@@ -22,9 +22,13 @@ from jaxmed.config import MeshConfig
 from jaxmed.data.inputs import read_input
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.errors import UserError
+from jaxmed.evaluate.retrieval import PLACES, retrieval
 from jaxmed.models.contrastive import Contrast, Contrastive
 from jaxmed.sharding import Rules, make_mesh
 from jaxmed.vlm_model import ImageInput, Result
+
+_RETRIEVED = 8
+"""Pairs a row of the mesh that are looked at together in a retrieval"""
 
 
 class TowerModel:
@@ -140,6 +144,23 @@ class ContrastiveModel(TowerModel):
     def similarity(self, images: Sequence[ImageInput], texts: Sequence[str]) -> np.ndarray:
         """Cosines [images, texts] float32."""
         return np.stack(self.image_features(images)) @ np.stack(self.text_features(texts)).T
+
+    def retrieval(
+        self, images: Sequence[ImageInput], texts: Sequence[str], ks: Sequence[int] = PLACES, identity: bool = False
+    ) -> Result:
+        """Who finds its partner among the first k, image i and text i being a pair: `i2t_r1` (of images that look for their
+        text), `t2i_r1`, ..., and `ranking_i2t`, `ranking_t2i` [pairs, pairs], the nearest first. `identity`: a text with the
+        same words is as good as the image's own."""
+        if len(images) != len(texts):
+            raise UserError(f"{len(images)} images for {len(texts)} texts; give pairs")
+        step = _RETRIEVED * self.rows
+        starts = range(0, len(images), step)
+        vectors = (
+            np.concatenate([np.stack(read(items[start : start + step])) for start in starts])
+            for read, items in ((self.image_features, list(images)), (self.text_features, list(texts)))
+        )
+        found = retrieval(*vectors, ks, texts if identity else ())
+        return Result(found.recalls, ranking_i2t=found.ranking_i2t, ranking_t2i=found.ranking_t2i)
 
     def loss(self, images: Sequence[ImageInput], texts: Sequence[str], gradients: bool = False, max_length: int = 0) -> Result:
         """Symmetric contrastive loss of the pairs as one batch: `loss`, `pairs`, and with `gradients` {upstream's tensor name:
