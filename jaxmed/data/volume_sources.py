@@ -13,13 +13,14 @@ exchanged and mirrored, never resampled: an oblique volume takes the nearest axe
 import hashlib
 import os
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import nibabel
 import numpy as np
 
 from jaxmed.config import PrepareConfig
-from jaxmed.data import dicom, nifti, slice_folders
+from jaxmed.data import nifti, slice_folders
 from jaxmed.data.nifti import Header
 from jaxmed.errors import UserError
 
@@ -79,13 +80,20 @@ def _is_dicom(path: str) -> bool:
         return False
 
 
+def _dicom() -> ModuleType:
+    """pydicom takes a third of a second to import, which commands without DICOM need not wait for."""
+    from jaxmed.data import dicom
+
+    return dicom
+
+
 def check(path: str, config: PrepareConfig) -> None:
     """UserError for what the heads of the files show. Not for prepared volumes."""
     kind = kind_of(path)
     if kind == "nifti":
         _check_shape(nifti.read_header(path, config.index))
     elif kind == "dicom":
-        dicom.check_series(path, config.series)
+        _dicom().check_series(path, config.series)
     else:
         slice_folders.check_folder(path)
 
@@ -98,7 +106,7 @@ def read_raw(path: str, config: PrepareConfig) -> RawVolume:
         stored = planes.transpose(2, 1, 0)
         return RawVolume(Header(path, stored.shape, (0.0, 0.0, 0.0), 1.0, 0.0), stored, None, kind, notices)
     if kind == "dicom":
-        series = dicom.read_series(path, config.series)
+        series = _dicom().read_series(path, config.series)
         header = Header(path, series.values.shape, series.spacing, series.slope, series.intercept)
         return RawVolume(header, series.values, series.affine, kind, (*series.notices, *_oblique(series.affine)))
     found = nifti.read_stored(path, config.index)
