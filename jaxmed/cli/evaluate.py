@@ -117,10 +117,7 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
     scorers, encoder = scoring.scorers(args.scores, notices)
     judged, unjudged = judging.of(studies)
     judging.finish()
-    problems = [*problems, *unjudged]
-    if problems:
-        count = f"{len(problems)} record{'s' if problems[1:] else ''}"
-        notices.append(f"{count} cannot be used, {out / SKIPPED} says which and why; the first: {problems[0]}")
+    notices += skipped_notices(problems, unjudged, out)
     scores = scored.score(studies, control, kind, args.resamples, args.seed, scorers)
     parts = parting.parts(studies, scores.statistics, judged, rule, args.resamples, args.seed)
     choice_control = parting.control_of(studies, parts, control, args.resamples, args.seed) if control else None
@@ -129,7 +126,7 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
         more = parting.to_json(parts, choice_control) | ({"bertscore": encoder} if encoder else {})
         scored.write_json(out / "scores.json", scores, more)
         scored.write_csv(out / "scores.csv", studies, scores, parting.columns(parts, studies))
-        write_skipped(out, problems)
+        write_skipped(out, [*problems, *unjudged])
         facts = [("Studies", f"{scores.units:,}"), ("Answers", args.answers), ("Records", args.records)]
         facts += [("Control", f"{args.control}{f' ({kind})' if kind else ''}")] if args.control else []
         options = evaluation.PageOptions(args.volumes, args.metadata, args.hu, args.page)
@@ -142,6 +139,19 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
     return scores
 
 
+def skipped_notices(records: list[Problem], judged: list[Problem], out: Path) -> list[str]:
+    """What is left out, and where it is told."""
+    notices = []
+    for found, one, many in (
+        (records, "record cannot be used", "records cannot be used"),
+        (judged, "answer could not be judged", "answers could not be judged"),
+    ):
+        if found:
+            where = f"{out / SKIPPED} says which and why; the first: {found[0]}"
+            notices.append(f"{len(found)} {many if found[1:] else one}, {where}")
+    return notices
+
+
 def write_skipped(out: Path, problems: list[Problem]) -> None:
     if problems:
         rows = (json.dumps({"where": problem.where, "what": problem.what}) + "\n" for problem in problems)
@@ -149,18 +159,8 @@ def write_skipped(out: Path, problems: list[Problem]) -> None:
 
 
 def _print(scores: scored.Scores, parts: parting.Parts, notices: list[str], out: Path) -> None:
-    control = scores.control
-    table = _table(f"{scores.units:,} studies", "score", "corpus", "95% interval", "always the\ncommonest")
-    for name in ("wrong\nimages", "drop", "95% interval") if control else ():
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, value in scores.corpus.items():
-        low, high = scores.intervals[name]
-        row = [evaluation.LABELS[name], f"{value:.3f}", f"{low:.2f} to {high:.2f}", f"{scores.always_commonest[name]:.3f}"]
-        if control:
-            d_low, d_high = control.intervals[name]
-            row += [f"{control.corpus[name]:.3f}", f"{control.drop[name]:.3f}", f"{d_low:.2f} to {d_high:.2f}"]
-        table.add_row(*row)
-    rich.print(table)
+    if parts.closed is None or parts.figures[parting.ACCURACY].studies < len(scores.per_study):
+        _print_texts(scores)
     _print_parts(parts)
     for line in evaluation.verdicts(scores, parts=parts):
         rich.print(f"[bold]{line.head}[/bold]", line.text)
@@ -169,19 +169,33 @@ def _print(scores: scored.Scores, parts: parting.Parts, notices: list[str], out:
     rich.print(f"Wrote {rich.markup.escape(str(out))}/scores.json, scores.csv and report.html")
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+def score_table(title: str, *columns: str) -> Table:
+    """Names on the left, figures on the right."""
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if place else "left", no_wrap=True)
     return table
 
 
+def _print_texts(scores: scored.Scores) -> None:
+    control = scores.control
+    more = ("wrong\nimages", "drop", "95% interval") if control else ()
+    table = score_table(f"{scores.units:,} studies", "score", "corpus", "95% interval", "always the\ncommonest", *more)
+    for name, value in scores.corpus.items():
+        low, high = scores.intervals[name]
+        row = [evaluation.LABELS[name], f"{value:.3f}", f"{low:.2f} to {high:.2f}", f"{scores.always_commonest[name]:.3f}"]
+        if control:
+            d_low, d_high = control.intervals[name]
+            row += [f"{control.corpus[name]:.3f}", f"{control.drop[name]:.3f}", f"{d_low:.2f} to {d_high:.2f}"]
+        table.add_row(*row)
+    rich.print(table)
+
+
 def _print_parts(parts: parting.Parts) -> None:
     """Regions and types as lines, scores as columns; then what judges said of all."""
     for group in evaluation.group_tables(parts):
-        table = _table(
-            group["title"].lower(), group["first"].lower(), "records", *(c.replace(" ", "\n") for c in group["columns"])
-        )
+        columns = (column.replace(" ", "\n") for column in group["columns"])
+        table = score_table(group["title"], group["first"].lower(), "n", *columns)
         for name, size, cells in group["rows"]:
             table.add_row(name, f"{size:,}", *(f"{cell['value']:.3f}" if cell else "" for cell in cells))
         rich.print(table)

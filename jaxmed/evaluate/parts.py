@@ -190,15 +190,15 @@ def control_of(
     return Control(other.value, own.value - other.value, scores.interval(own.samples - other.samples))
 
 
-def _json(figures: Mapping[str, Figure]) -> dict[str, Any]:
+def figures_json(figures: Mapping[str, Figure]) -> dict[str, Any]:
     values = {name: figure.value for name, figure in figures.items()}
     intervals = {name: list(figure.interval) for name, figure in figures.items() if np.isfinite(figure.samples).any()}
     return {"scores": values, "intervals": intervals}
 
 
 def _grouped_json(found: Grouped) -> dict[str, Any]:
-    groups = {name: {"records": found.sizes[name]} | _json(figures) for name, figures in found.groups.items()}
-    return {"groups": groups, "mean": _json(found.mean)}
+    groups = {name: {"records": found.sizes[name]} | figures_json(figures) for name, figures in found.groups.items()}
+    return {"groups": groups, "mean": figures_json(found.mean)}
 
 
 def to_json(found: Parts, control: Control | None = None) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def to_json(found: Parts, control: Control | None = None) -> dict[str, Any]:
     if found.closed is not None:
         names = [name for name in (*found.measured.values, CALIBRATION) if name not in {j.measure for j in found.judged}]
         own = {name: found.figures[name] for name in names if name in found.figures}
-        content["closed"] = {"questions": own[ACCURACY].studies, "rule": found.closed.rule or "letter"} | _json(own)
+        content["closed"] = {"questions": own[ACCURACY].studies, "rule": found.closed.rule or "letter"} | figures_json(own)
         if CALIBRATION in own:
             content["closed"]["reliability"] = [vars(b) for b in reliability(found.closed)]
         if control is not None:

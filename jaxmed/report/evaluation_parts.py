@@ -18,7 +18,7 @@ LABELS = {
     "rouge_2": "ROUGE-2",
     "rouge_l": "ROUGE-L",
     "meteor": "METEOR",
-    "meteor_exact": "METEOR, no synonyms",
+    "meteor_exact": "METEOR exact",
     "bertscore": "BERTScore",
     "green": "GREEN",
     "percentage": "Percentage",
@@ -26,21 +26,13 @@ LABELS = {
     "unparsable_share": "Unparsable",
     "always_commonest": "Always the commonest",
     "chance": "Chance",
-    "likelihood_accuracy": "Accuracy by likelihood",
+    "likelihood_accuracy": "Likelihood accuracy",
     "brier": "Brier score",
     "calibration_error": "Calibration error",
 }
 _OF_REGIONS = ("green", "percentage", "bleu_1", "bleu_4", "rouge_l", "meteor", "meteor_exact", "bertscore")
-_OF_CHOICE = ("accuracy", "likelihood_accuracy", "unparsable_share", "always_commonest", "brier", "calibration_error")
-_CHOICE_ALL = (
-    "accuracy",
-    "likelihood_accuracy",
-    "unparsable_share",
-    "always_commonest",
-    "chance",
-    "brier",
-    "calibration_error",
-)
+_OF_CHOICE = ("accuracy", "likelihood_accuracy", "unparsable_share", "brier", "calibration_error")
+_CHOICE_ALL = (*_OF_CHOICE[:3], "always_commonest", "chance", *_OF_CHOICE[3:])
 _CLASSES = {
     "a": "finding that is not there",
     "b": "finding missed",

@@ -29,7 +29,7 @@ def _score(value: float) -> str:
     return f"{value:.3f}"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     """With a true minus sign, so that columns line up."""
     text = f"{value:+.3f}".replace("-", "−")
     return "0.000" if text[1:] == "0.000" else text
@@ -56,7 +56,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"score": _score, "signed": _signed, "percent": share, "count": _count}
+    environment.filters |= {"score": _score, "signed": signed, "percent": share, "count": _count}
     return environment
 
 
