@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxmed.data.drafts import Draft, case_name, listed_choices, region_drafts
 from jaxmed.data.record_files import Reading
+from jaxmed.data.record_lists import check_keys
 from jaxmed.data.regions import REGIONS
 from jaxmed.errors import BadRecords, Problem, UserError
 
@@ -69,6 +70,7 @@ def findings_of(findings: Any) -> dict[str, str]:
         raise UserError(
             f"its report's findings are {type(findings).__name__}; they must be texts by region: {', '.join(REGIONS)}"
         )
+    check_keys(findings, "its findings have")
     texts = {str(region).strip().lower(): "" if text is None else text for region, text in findings.items()}
     for region, text in texts.items():
         if not isinstance(text, str):
@@ -98,6 +100,7 @@ def _questions(items: Any, image: str, reading: Reading) -> list[Draft | UserErr
 def _question(item: Any, number: int, image: str, reading: Reading) -> Draft:
     if not isinstance(item, Mapping):
         raise UserError(f"it is {type(item).__name__}; it must be an object with question, options and answer")
+    check_keys(item)
     question, kind = item.get("question"), item.get("type")
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"its question is {question!r}; write one, or take it out")
@@ -124,6 +127,8 @@ def options_of(value: Any) -> dict[str, str]:
     """{letter: text}; of a list, the letters go by the alphabet. {} where there are none."""
     if value is None:
         return {}
+    if isinstance(value, Mapping):
+        check_keys(value, "its options have")
     pairs = list(value.items()) if isinstance(value, Mapping) else None
     if isinstance(value, list):
         pairs = [(chr(ord("A") + number), text) for number, text in enumerate(value)]
@@ -230,8 +235,6 @@ def _fill_questions(items: Sequence[dict[str, Any]], case: str, predictions: Map
         if key not in predictions:
             faults.append(f"question {number + 1} has no prediction")
         elif letter not in options:
-            faults.append(
-                f"question {number + 1} has the prediction {predictions[key]!r}, its options are {', '.join(options)}"
-            )
+            faults.append(f"question {number + 1} is answered {predictions[key]!r}, its options are {', '.join(options)}")
         item["prediction"] = letter
     return used

@@ -1,6 +1,7 @@
 """The rows or JSON objects of one file of records, as they stand in it; damage is told with the place."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from jaxmed.data.record_files import WORDS
@@ -32,6 +33,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         found[REPEATED] = next(name for name in names if names.count(name) > 1)
     return found
+
+
+def check_keys(values: Mapping[str, Any], who: str = "it has") -> None:
+    """UserError for an object whose file has one of its keys twice."""
+    if REPEATED in values:
+        raise UserError(f"{who} the key {values[REPEATED]!r} twice; leave one of them out")
 
 
 def _split(path: str, values: dict[str, Any], split: str) -> Any:

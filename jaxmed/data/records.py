@@ -15,7 +15,7 @@ from jaxmed.data import amos, ct_rate
 from jaxmed.data.drafts import Draft
 from jaxmed.data.mixture import Member, read_mixture
 from jaxmed.data.record_files import MissingImageToken, Reading, parse
-from jaxmed.data.record_lists import REPEATED, TURNS, read_values
+from jaxmed.data.record_lists import TURNS, check_keys, read_values
 from jaxmed.data.tables import RAGGED, draft_of, kind_of
 from jaxmed.data.tokenizer import IMAGE_TOKEN
 from jaxmed.errors import Problem, UserError
@@ -197,8 +197,7 @@ def _drafts(d: Mapping[str, Any], source: str, reading: Reading) -> Sequence[Dra
     """What becomes a record each; conversations as they are."""
     if RAGGED in d:
         raise RecordError(f"it has {len(d[RAGGED])} values, more or fewer than the table has columns; quote texts with commas")
-    if REPEATED in d:
-        raise RecordError(f"it has the key {d[REPEATED]!r} twice; leave one of them out")
+    check_keys(d)
     if any(name in d for name in TURNS):
         return [d]
     if amos.is_amos(d) or (reading.unanswered and "image" in d and not kind_of(d)):

@@ -105,7 +105,7 @@ _END = re.compile(r"[.!?]+[\"')\]]*(?=\s)|\n\s*\n|(?<=[:;])\n|\n(?=\s*(?:[-*•]
 
 
 def sentences_of(text: str) -> list[str]:
-    """Sentences in their order, each in one line; decimals, abbreviations, initials, numbers of a list do not end one."""
+    """Sentences in their order, each in one line; decimals, abbreviations and the numbers of a list do not end one."""
     found, start = [], 0
     for end in _END.finditer(text):
         head = text[start : end.end()]
@@ -122,10 +122,10 @@ def _goes_on(head: str, rest: str) -> bool:
     words = head.rstrip(".").split()
     last = words[-1].lstrip("([\"'") if words else ""
     if len(words) == 1 and re.fullmatch(r"\d{1,2}|[a-zA-Z]", last):
-        return True  # the number of a list
+        return True  # the number of a list, or "M. psoas"
     if last.lower() in ("no", "im", "se"):  # number, image, series; "no." may be an answer
         return bool(re.match(r"\s*\d", rest))
-    return last.lower() in _ABBREVIATIONS or bool(re.fullmatch(r"[A-Z]", last))
+    return last.lower() in _ABBREVIATIONS
 
 
 def mentions(sentence: str) -> list[tuple[int, str, bool]]:
