@@ -89,9 +89,8 @@ def _mixture(values: Mapping[str, Any], path: str) -> Mixture:
     names = [member.name for member in members]
     unknown = sorted(set(values) - {"sets", "epoch"})
     if unknown or not members:
-        raise UserError(
-            f"{path}: {'has no sets' if not members else f'unknown keys {unknown}'}; a mixture has `sets` and `epoch`"
-        )
+        fault = f"has the unknown keys {', '.join(map(str, unknown))}" if unknown else "has no sets"
+        raise UserError(f"{path}: {fault}; a mixture has `sets` and `epoch`")
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two sets have one name ({', '.join(names)}); give each a `name` of its own")
     weighted = [member.name for member in members if member.weight]
