@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from jaxmed.data import sizes as sizes_module
 from jaxmed.data.conversation import (
@@ -64,6 +65,28 @@ def test_the_answer_and_its_end_are_supervised_and_nothing_else(folder):
             assert not supervised[example.ids == placeholder].any()
             assert (example.ids == placeholder).sum() == PLACES
             assert example.voided == ""
+
+
+def two_blanks() -> Tokenizer:
+    """A vocabulary that joins blanks, as LLaMA-2's does."""
+    letters = {letter: place for place, letter in enumerate(" .:?,39ILabeefhimnorst\nE")}
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE({**letters, "  ": 40}, [(" ", " ")]))
+    return Tokenizer(raw, {"eos_token": "E"}, added_tokens=ADDED)
+
+
+@pytest.mark.parametrize("folder", [NO_BOS, BOS, JSON, ""])
+def test_a_question_that_grows_into_its_answer_is_refused(folder):
+    """Where the question's tokens end inside of a token of the whole, it cannot be said which tokens are the answer's."""
+    found, joined = tokenizer(folder) if folder else two_blanks(), []
+    for question in ("Is it", "Is it:", "Is it. ", "Is it  ", "Is it\n", " Is it?", ""):
+        whole, alone = (found.encode(PLACEHOLDER * PLACES + text) for text in (f"{question} rib 3.", question))
+        example = encode_training(record(question, "rib 3."), found, "m3d", options(splice="placeholders"))
+        if whole[: len(alone)] == alone:
+            assert example.voided == "" and (example.labels == IGNORE).sum() == len(alone)
+        else:
+            joined.append(question)
+            assert "joins the end of its question" in example.voided and (example.labels == IGNORE).all()
+    assert joined == ([] if folder else ["Is it. "])
 
 
 @pytest.mark.parametrize("folder", [NO_BOS, JSON])

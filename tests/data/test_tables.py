@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from jaxmed.data.captions import CAPTION_PROMPTS, Prompts
+from jaxmed.data.captions import CAPTION_PROMPTS, Prompts, read_prompts
+from jaxmed.data.record_files import records_file
 from jaxmed.data.records import Reading, known_records, load_records, record_from_dict
 from jaxmed.data.tables import draft_of, kind_of, parse_report
 from jaxmed.errors import UserError
@@ -146,6 +147,41 @@ def test_lists_of_several_and_texts_in_files(tmp_path):
     assert [record.turns[1].value for record in records] == ["Clear lungs.", "Small stone.", "In short."]
     with pytest.raises(UserError, match=r"holds the lists train, test, and none is named; say .*cap\.json:train"):
         load_records(path, PLAIN)
+
+
+def test_how_a_file_is_named_says_how_it_is_read(tmp_path):
+    lists = {"train": [{"image": "7.npy", "text": "In short."}], "test": [{"image": "8.npy", "text": "At length."}], "none": []}
+    path = write(tmp_path, json.dumps(lists), "cap.json")
+    (record,), problems = load_records(f"{path}:test", PLAIN)
+    assert (problems, record.images, record.source) == ([], ("8.npy",), f"{path}:test")
+    assert load_records(f"{path}:test", Reading(placeholders=True, split="train"))[0] == [record]
+    table = write(tmp_path, f"{M3D}\na.npy,t,3,Where?,Left,Right,NA,NA,Right,B\n")
+    (closed,), _ = load_records(f"{table}:closed", PLAIN)
+    assert (closed.options, closed.answer, closed.question_type) == ({"A": "Left", "B": "Right"}, "B", "3")
+    (opened,), _ = load_records(f"{table}:open", PLAIN)
+    assert (texts([opened]), opened.answer) == ([(" Where?", "Right")], "B")
+    odd = write(tmp_path, json.dumps(lists["test"]), "a:train.json")
+    assert records_file(odd) == odd and load_records(odd, PLAIN)[0][0].images == ("8.npy",)
+    assert records_file(f"{path}:open:test") == path and records_file("none.json:test") == "none.json:test"
+    for words in ("test:train", "open:closed", "chest:pelvis", ":"):
+        with pytest.raises(UserError, match=r"leave one of them out|one of them may name"):
+            load_records(f"{path}:{words}", PLAIN)
+    with pytest.raises(UserError, match="holds the lists train, test, none, not 'tset'"):
+        load_records(f"{path}:tset", PLAIN)
+
+
+def test_prompts_of_a_file(tmp_path):
+    assert read_prompts("") == Prompts()
+    path = write(tmp_path, "\ufeff One? \n\nThe {region}?\nTwo?\n", "p.txt")
+    assert read_prompts(path) == Prompts(("One?", "Two?"), ("The {region}?",))
+    assert Prompts(("a",), ("{region}: {region}",)).of("chest") == ("chest: chest",)
+    listed = write(tmp_path, '["Only this?"]', "p.json")
+    assert read_prompts(listed) == Prompts(("Only this?",))
+    for text, name in (("\n", "p.txt"), (b"\xff", "p.txt"), ("[1]", "p.json"), ("{}", "p.json"), ("[", "p.json")):
+        with pytest.raises(UserError, match=rf"{name}.*"):
+            read_prompts(write(tmp_path, text, name))
+    with pytest.raises(UserError, match=r"none\.txt: cannot be read.*data\.prompts"):
+        read_prompts(str(tmp_path / "none.txt"))
 
 
 def test_lines_of_json(tmp_path):
