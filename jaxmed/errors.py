@@ -26,6 +26,10 @@ class Preempted(BaseException):
     """
 
 
+class Notice(UserWarning):
+    """Something runs otherwise than a person would expect; the command line prints it as a plain line."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One record or file that cannot be used."""

@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 import threading
+import warnings
+from warnings import formatwarning as python_warning
 
 import jaxmed
-from jaxmed.errors import REQUEUE, Preempted, UserError
+from jaxmed.errors import REQUEUE, Notice, Preempted, UserError
 
 COMMANDS = ("quickstart", "train", "generate", "evaluate", "encode", "preview", "view", "convert", "inspect", "plan")
 
@@ -29,7 +31,13 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     skip_absent_tpu()
     sys.unraisablehook = send_again
+    warnings.formatwarning = plain_notice
     sys.exit(run(argv))
+
+
+def plain_notice(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """A Notice is for the person: no file, no line of source. Others stay as Python has them."""
+    return f"{message}\n" if issubclass(category, Notice) else python_warning(message, category, filename, lineno, line)
 
 
 def send_again(dropped: "sys.UnraisableHookArgs") -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmed.config import AttentionBackend
+from jaxmed.errors import Notice
 from jaxmed.nn import attention_cudnn, attention_splash, attention_xla
 from jaxmed.nn.attention_mask import NEGATIVE, Layout, Mask, layout_for
 from jaxmed.nn.cache import context_shards
@@ -65,7 +66,7 @@ def attention(
     length, width = q.shape[1], q.shape[3]
     backend, reason = choose_backend(layout, mask, platform, q.dtype, length, width, context)
     if reason:
-        warnings.warn(f"attention runs in plain XLA: {reason}", stacklevel=2)
+        warnings.warn(f"attention runs in plain XLA: {reason}", Notice, stacklevel=2)
     q_spec, kv_spec = rules.spec("batch", "length", "heads", None), rules.spec("batch", "length", "kv_heads", None)
     row = rules.spec("batch", "length")
     specs = (q_spec, kv_spec, kv_spec, row, row)

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxmed.config import Experiment
 from jaxmed.models.decoder import padded_vocab
 from jaxmed.train.flops import step_flops, weight_counts
@@ -60,21 +62,21 @@ def least_sent(experiment: Experiment, step: str, length: int, trained: dict, fr
             gathered = _local(leaf) * sizes["fsdp"]
             sent["fsdp"] += share["fsdp"] * gathered * (1 if path[-1] == "table" else passes) * data.microbatches
     recomputed = training and experiment.train.remat == "full"
-    rows = data.batch / (sizes["data"] * sizes["fsdp"])
+    rows, width = data.batch / (sizes["data"] * sizes["fsdp"]), jnp.dtype(experiment.model.dtype).itemsize
     if training:
         for leaf in trained.values():
             whole = _local(leaf) * (sizes["fsdp"] if _split(leaf, "fsdp") else 1)
             if _split(leaf, "fsdp"):  # gathered in the computation's dtype forward and backward, gradients scattered
-                sent["fsdp"] += share["fsdp"] * whole * (2 * 0.5 * data.microbatches + 1)
+                sent["fsdp"] += share["fsdp"] * whole * (2 * width / 4 * data.microbatches + 1)
             else:
                 sent["fsdp"] += 2 * share["fsdp"] * whole
             for axis in ("data", "context"):
                 sent[axis] += 2 * share[axis] * _local(leaf)
-        keys = 2 * rows * length * decoder.kv_heads * decoder.head_dim / sizes["tensor"] * 2
+        keys = 2 * rows * length * decoder.kv_heads * decoder.head_dim / sizes["tensor"] * width
         sent["context"] += share["context"] * keys * decoder.layers * (2 + recomputed)
     tokens = rows * (length if step != "decode" else 1) / (sizes["context"] if training else 1)
     sums = decoder.layers * (4 + (experiment.train.remat != "none") if training else 2)
-    sent["tensor"] += 2 * share["tensor"] * tokens * decoder.width * 2 * sums
+    sent["tensor"] += 2 * share["tensor"] * tokens * decoder.width * width * sums
     return {axis: sent[axis] for axis in sizes if sizes[axis] > 1}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from jaxmed.config import Experiment, replace_field
-from jaxmed.errors import UserError
+from jaxmed.errors import Notice, UserError
 from jaxmed.plan.analysis import Analysis, analyse
 from jaxmed.plan.meshes import Shape, flags, legal_meshes, with_mesh
 from jaxmed.plan.topology import Topology
@@ -65,7 +65,9 @@ def sweep(
         if progress:
             progress(number, len(tried))
         try:
-            with warnings.catch_warnings(action="ignore"):  # which kernel each variant has; the chosen one says it again
+            with warnings.catch_warnings(
+                action="ignore", category=Notice
+            ):  # which kernel each variant has; the chosen one says it again
                 candidates.append(_candidate(variant, topology, analyse(variant, topology, step, length)))
         except UserError:  # what only tracing finds out
             continue
