@@ -37,7 +37,8 @@ class Args(Experiment):
     seed: int = 0
     """Seed of the lot"""
     volumes: str = ""
-    """Folder of NIfTI volumes (else --data.volumes, beside token files): shows slices, histogram and the Hounsfield rule"""
+    """Folder of the volumes (else --data.volumes), beside token files: shows slices, histogram and the Hounsfield rule, or what
+    the tower got that made the tokens"""
     metadata: str = ""
     """CT-RATE's metadata CSV: spacing and rescale of the volumes"""
     hu: Override = "auto"
@@ -74,10 +75,9 @@ def _tokenizer(args: Args) -> Tokenizer:
 
 
 def _volumes(args: Args) -> preview.Volumes | None:
-    # Where a tower reads the volumes, they are not the CT that `encode` describes.
-    read_by_tower = args.visual.kind in ("volumes", "slices")
-    folder = args.volumes or ("" if read_by_tower else args.data.volumes)
-    if not folder:
+    folder = args.volumes or args.data.volumes
+    # What a tower reads, or has read, is shown as it gets it, not as the CT that `encode` describes.
+    if not folder or args.model.tower.kind != "none" or args.visual.kind in ("volumes", "slices"):
         return None
     return preview.Volumes(VolumeFolder(folder), Metadata(args.metadata) if args.metadata else None, args.hu)
 
@@ -112,6 +112,8 @@ def run(argv: list[str]) -> int:
     if args.random < 0:
         raise UserError(f"--random is {args.random}; it must not be negative")
     tokenizer, volumes = _tokenizer(args), _volumes(args)
+    if args.volumes and not volumes:
+        args = dataclasses.replace(args, data=dataclasses.replace(args.data, volumes=args.volumes))
     with _progress("records") as progress:
         found = survey(args, tokenizer, args.data.records, progress)
     rows = preview.choose(found, wanted, args.random, args.seed)

@@ -1,4 +1,4 @@
-"""What a tower gets of a record's images, as pictures: the pixels, or slices of the volume side by side."""
+"""What a tower gets of a record's images, as pictures: the pixels, slices side by side, or planes of a prepared volume."""
 
 import math
 from collections.abc import Sequence
@@ -8,26 +8,36 @@ import numpy as np
 from PIL import Image
 
 from jaxmed.config import Experiment, VisualConfig
-from jaxmed.data.inputs import TOKEN_KINDS, input_folder, input_path, read_input
+from jaxmed.data.inputs import TOKEN_KINDS, input_folder, input_path, read_input, read_prepared
 from jaxmed.errors import UserError
-from jaxmed.report import page
+from jaxmed.report import page, view_input
+from jaxmed.report.slices import HEIGHT, Picture
+from jaxmed.report.view_planes import Plane, Seen, drawn, extent, grey, places, planes
 
 TILES = 24
 """Slices that a picture shows at most"""
 TILE = 72
 """Pixels of a slice's longer side there"""
+SHOWN = (2, 1, 1)
+"""Slices of each plane of a prepared volume"""
 
 
 def panels(names: Sequence[str], experiment: Experiment) -> list[dict[str, Any]]:
-    """One a file of a tower's input; [] for token files, which nothing can be seen of."""
+    """One a file of a tower's input; [] for token files, which nothing can be seen of. Volumes have `views` and `facts`, other
+    inputs a picture (`uri`) with its `caption`."""
     visual, folder = experiment.visual, input_folder(experiment.data, experiment.visual)
     if visual.kind in TOKEN_KINDS or not folder:
         return []
     made = []
     for name in names:
-        panel = {"name": name, "uri": "", "caption": "", "fault": ""}
+        panel = {"name": name, "uri": "", "caption": "", "fault": "", "views": [], "facts": [], "notices": ()}
+        path = input_path(folder, name, visual)
         try:
-            picture, caption = _picture(read_input(input_path(folder, name, visual), visual).values, visual)
+            if visual.kind == "volumes":
+                seen = view_input.of_prepared(path, read_prepared(path, visual), visual)
+                made.append(panel | {"views": _views(seen), "facts": seen.facts, "notices": seen.notices})
+                continue
+            picture, caption = _picture(read_input(path, visual).values, visual)
             made.append(panel | {"uri": page.png(picture), "caption": caption})
         except UserError as error:
             made.append(panel | {"fault": str(error)})
@@ -39,12 +49,24 @@ def _picture(values: np.ndarray, visual: VisualConfig) -> tuple[np.ndarray, str]
     if visual.kind == "pixels":
         seen = values * np.array(visual.pixels.sd) + np.array(visual.pixels.mean)
         return _bytes(seen), f"{values.shape[0]} × {values.shape[1]} pixels as the tower gets them"
-    if visual.kind == "volumes":
-        values = values[..., 0]
-        values = (values - values.min()) / max(values.max() - values.min(), 1e-8)
     shown = np.linspace(0, len(values) - 1, min(len(values), TILES)).astype(int)
     size = " × ".join(str(n) for n in values.shape)
     return _tiles(values[shown]), f"{len(shown)} of {len(values)} slices, {size} as the tower gets them"
+
+
+def _views(seen: Seen) -> list[Picture]:
+    """Slices of the three planes, the same scale in all of them."""
+    made = []
+    for plane, count in zip(planes(seen), SHOWN, strict=True):
+        length = seen.values.shape[plane.axis]
+        made += [_view(seen, plane, place, length) for place in places(count, length)]
+    return made
+
+
+def _view(seen: Seen, plane: Plane, place: int, length: int) -> Picture:
+    picture = drawn(grey(plane.cut(seen.values, place), seen.window), extent(seen, plane, HEIGHT), smooth=True)
+    sides = plane.letters or ("", "", "", "")
+    return Picture(page.png(picture), plane.name, sides, f"slice {place + 1} of {length}")
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:

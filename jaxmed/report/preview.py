@@ -3,22 +3,22 @@ training will make of the whole file.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmed.config import Experiment
+from jaxmed.config import Experiment, VisualConfig
 from jaxmed.data.conversation import Example, encode_training, text_options
 from jaxmed.data.encode import same_preprocessing
 from jaxmed.data.inputs import FOLDERS, TOKEN_KINDS, input_folder
 from jaxmed.data.metadata import Metadata
-from jaxmed.data.records import RecordError
+from jaxmed.data.records import Record, RecordError
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.data.volumes import Override
 from jaxmed.errors import Problem, UserError
-from jaxmed.report import input_panel, page, token_panel, volume_panel
+from jaxmed.report import input_panel, page, token_panel, view_input, volume_panel
 from jaxmed.report.slices import VolumeFolder
 from jaxmed.report.survey import Row, Survey
 
@@ -35,14 +35,16 @@ class Volumes:
 
 def choose(found: Survey, wanted: tuple[int, ...], count: int, seed: int) -> list[Row]:
     """The rows that the page shows: those asked for by their index in the file, else `count` of them by lot."""
-    by_index = {row.record.row: row for row in found.rows}
+    by_index: dict[int, list[Row]] = {}
+    for row in found.rows:  # an entry of the file may be several records, of its regions and questions
+        by_index.setdefault(row.record.row, []).append(row)
     broken = [row for row in wanted if row not in by_index]
     if broken:
-        total = len(found.rows) + len(found.unreadable)
+        total = max([len(found.rows) + len(found.unreadable), *(row + 1 for row in by_index)])
         reason = "cannot be read as a record" if 0 <= broken[0] < total else f"does not exist, the file has {total} records"
         raise UserError(f"--rows: record {broken[0]} {reason}; give rows from 0 to {total - 1}")
     if wanted:
-        return [by_index[row] for row in wanted]
+        return [row for index in wanted for row in by_index[index]]
     picks = np.random.default_rng(seed).permutation(len(found.rows))[:count]
     return [found.rows[i] for i in sorted(picks)]
 
@@ -67,11 +69,27 @@ def _parts(row: Row) -> list[dict[str, Any]]:
     return [{"kind": kind, "count": n, "share": 100 * n / whole} for kind, n in counts.items() if n]
 
 
+def _about(record: Record) -> list[tuple[str, str]]:
+    """What a record says of itself beside its texts."""
+    options = "; ".join(f"{letter}{' (right)' * (letter == record.answer)}: {text}" for letter, text in record.options.items())
+    drawn = f"one of {len(record.prompts)} prompts, drawn in training" if record.prompts[1:] else ""
+    about = (("Set", record.dataset), ("Patient", record.patient), ("Region", record.region))
+    about += (("Question type", record.question_type), ("Options", options), ("Question", drawn))
+    return [(name, value) for name, value in about if value]
+
+
 def _example(row: Row, experiment: Experiment, tokenizer: Tokenizer) -> Example:
     try:
         return encode_training(row.record, tokenizer, experiment.data.template, text_options(experiment))
     except RecordError:  # why is said as the reason for which it is voided
         return Example(np.zeros(0, np.int32), np.zeros(0, np.int32), row.text.voided)
+
+
+def _as_read_by_tower(experiment: Experiment) -> Experiment:
+    """Where files hold a tower's tokens, what they were made of, if the volumes are at hand."""
+    if experiment.model.tower.kind == "none" or experiment.has_tower or not experiment.data.volumes:
+        return experiment
+    return replace(experiment, visual=replace(experiment.visual, kind=experiment.model.tower.reads))
 
 
 def _sample(row: Row, experiment: Experiment, tokenizer: Tokenizer, volumes: Volumes | None) -> dict[str, Any]:
@@ -83,6 +101,7 @@ def _sample(row: Row, experiment: Experiment, tokenizer: Tokenizer, volumes: Vol
         "row": row.record.row,
         "id": row.record.id,
         "images": ", ".join(row.record.images),
+        "about": _about(row.record),
         "bucket": row.bucket,
         "length": row.length,
         "supervised": row.supervised,
@@ -90,7 +109,7 @@ def _sample(row: Row, experiment: Experiment, tokenizer: Tokenizer, volumes: Vol
         "voided": row.text.voided,
         "runs": token_panel.runs(example, tokenizer, images, min(data.buckets[-1], data.max_length or data.buckets[-1])),
         "parts": _parts(row),
-        "inputs": input_panel.panels(row.record.images, experiment) if row.files else [],
+        "inputs": input_panel.panels(row.record.images, _as_read_by_tower(experiment)) if row.files else [],
         "assumed": bool(row.record.images) and not row.files,
         "volumes": [_volume(image, volumes, experiment) for image in row.record.images] if volumes else [],
         "other_encoder": other if volumes else "",
@@ -107,6 +126,13 @@ def _buckets(found: Survey, experiment: Experiment) -> list[dict[str, Any]]:
         full = float(np.mean(lengths)) / bucket if lengths else 0.0
         lines.append({"bucket": bucket, "count": counts[bucket], "share": counts[bucket] / max(len(usable), 1), "full": full})
     return lines
+
+
+def _preparation(visual: VisualConfig) -> str:
+    prepare = visual.prepare
+    window = f", {view_input.numbers(prepare.window, ' to ')} HU" if prepare.preset == "hu_window" else ""
+    changed = "" if prepare.augment == "none" else f"; training changes it at random ({prepare.augment})"
+    return f"{prepare.preset}{window}, {view_input.numbers(visual.volume)} voxels{changed}"
 
 
 def _listed(problems: list[Problem]) -> dict[str, Any]:
@@ -134,8 +160,11 @@ def write_page(
         ("Buckets", ", ".join(f"{bucket:,}" for bucket in data.buckets)),
     ]
     folder, kind = input_folder(data, experiment.visual), experiment.visual.kind
+    if kind == "volumes":
+        facts.append(("Preparation", _preparation(experiment.visual)))
     if folder:
-        facts.append(("Token files" if kind in TOKEN_KINDS else "Images", folder))
+        names = {"embeddings": "Token files", "images": "Images", "volumes": "Volumes"}
+        facts.append((names[FOLDERS[kind]], folder))
     if folder and kind in TOKEN_KINDS:
         facts.append(("Encoder", found.encoder or "unsigned"))
     notices = []

@@ -115,6 +115,13 @@ def millimetres(seen: Seen) -> tuple[float, float, float]:
     return (1.0, 1.0, 1.0) if seen.flat else (d, h, w)
 
 
+def extent(seen: Seen, plane: Plane, cell: int) -> tuple[int, int]:
+    """(width, height) in pixels of the plane's pictures, such that the longest side of the volume has `cell`."""
+    sides = [length * side for length, side in zip(seen.values.shape, millimetres(seen), strict=False)]
+    scale = cell / max(sides[1:] if seen.flat else sides)
+    return max(round(sides[plane.columns] * scale), 1), max(round(sides[plane.rows] * scale), 1)
+
+
 def drawn(picture: np.ndarray, size: tuple[int, int], smooth: bool) -> np.ndarray:
     """uint8 [rows, columns(, 3)] resized to `size` (width, height): areas' means, or what is nearest."""
     method = Image.Resampling.BOX if smooth else Image.Resampling.NEAREST

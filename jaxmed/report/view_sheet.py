@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jaxmed.report import page
 from jaxmed.report.view_features import Components, Grid
-from jaxmed.report.view_planes import AXES, Plane, Seen, drawn, grey, millimetres, patch_of, places, planes, slice_of
+from jaxmed.report.view_planes import AXES, Plane, Seen, drawn, extent, grey, patch_of, places, planes, slice_of
 
 CELL, CELL_ALONE = 224, 448
 """Pixels of a picture's longest side; of a picture that stands alone"""
@@ -81,19 +81,10 @@ def _band(seen: Seen, plane: Plane, features: Features | None, slices: int, firs
         shown = [slice_of(patch, plane.axis, seen) for patch in places(count, patches, wanted)]
     else:
         shown = places(count, length)
-    size = _size(seen, plane, CELL_ALONE if seen.flat and length == 1 else CELL)
+    size = extent(seen, plane, CELL_ALONE if seen.flat and length == 1 else CELL)
     units = [_unit(seen, plane, place, features, size) for place in shown]
     columns = min(len(units), 2 if features else 6 if seen.flat else 4)
     return Band(plane, units, columns)
-
-
-def _size(seen: Seen, plane: Plane, cell: int) -> tuple[int, int]:
-    """(width, height) of the plane's pictures; all planes have the same scale."""
-    mm = millimetres(seen)
-    extents = [length * side for length, side in zip(seen.values.shape, mm, strict=False)]
-    sides = [extents[axis] for axis in ((1, 2) if seen.flat else (0, 1, 2))]
-    scale = cell / max(sides)
-    return max(round(extents[plane.columns] * scale), 1), max(round(extents[plane.rows] * scale), 1)
 
 
 def _unit(seen: Seen, plane: Plane, place: int, features: Features | None, size: tuple[int, int]) -> list[Tile]:

@@ -32,6 +32,21 @@ def get_config():
         data=DataConfig(buckets=(160,), supervised=64, max_length=120),
     )
 """
+LAMED = BASE.parents[1] / "vit3d" / "lamed_merged"
+VOLUMES = """
+import dataclasses
+from jaxmed._configs import btb3d
+from jaxmed.config import DataConfig, PrepareConfig, ProjectorConfig, TowerConfig, VisualConfig
+
+def get_config():
+    base = btb3d.get_config()
+    tower = TowerConfig("vit3d", (8, 24, 24), (2, 6, 6), 1, 32, 2, 4, 41, class_position=False, select_layer=-1)
+    model = dataclasses.replace(base.model, tower=tower, projector=ProjectorConfig("spp"), added_tokens=())
+    prepare = PrepareConfig("hu_window", window=(-150.0, 250.0), augment="intensity")
+    visual = VisualConfig("volumes", tokens=64, features=32, grid=(4, 4, 4), volume=(8, 24, 24), prepare=prepare)
+    return dataclasses.replace(base, model=model, visual=visual,
+                               data=DataConfig(buckets=(160,), supervised=64, template="m3d", max_length=120))
+"""
 
 
 def decoded(uri):
@@ -59,7 +74,13 @@ def test_pictures(tmp_path):
     assert not sheet[72:, 216:].any()
     np.save(tmp_path / "v.npy", np.linspace(-3, 5, 30 * 4 * 6, dtype=np.float32).reshape(30, 4, 6))
     (panel,) = panels(tmp_path, VisualConfig(kind="volumes", tokens=8, grid=(2, 2, 2), volume=(30, 4, 6)), "v.npy")
-    assert "24 of 30 slices" in panel["caption"] and decoded(panel["uri"])[0, 0] == 0 and decoded(panel["uri"])[-1, -1] == 255
+    names = [(view.name, view.place) for view in panel["views"]]
+    assert names[:2] == [("across the depth", "slice 8 of 30"), ("across the depth", "slice 23 of 30")]
+    assert names[2:] == [("across the rows", "slice 3 of 4"), ("across the columns", "slice 4 of 6")]
+    # the darkest voxel of the volume is black, the brightest white, and a slice has its share of that
+    first = decoded(panel["views"][0].uri)
+    assert first.shape == (224, 224) and first[0, 0] == round(255 * 7 * 24 / 719) and first[-1, -1] == round(255 * 191 / 719)
+    assert dict(panel["facts"])["Window"] == "values −3 to 5 are drawn black to white"
     assert "no such file" in panels(tmp_path, PIXELS, "gone.png")[0]["fault"]
     assert panels(tmp_path, VisualConfig(), "x.npz") == []
 
@@ -91,3 +112,26 @@ def test_the_command_on_pixels(tmp_path, capsys, check):
     assert ("cut.jpg: the image is cut short" in said) == check
     page = (tmp_path / "page.html").read_text()
     assert "20 × 20 pixels as the tower gets them" in page and "Without --data." not in page and 'class="tok cut"' in page
+
+
+def test_volumes_with_their_regions(tmp_path, capsys):
+    """A case of AMOS-MM is several records, of its regions; what the sheet says of the volume stands beside its planes."""
+    hu = np.full((20, 18, 9), -1000, np.int16)
+    hu[3:17, 2:15, 1:8] = np.random.default_rng(6).integers(-100, 300, (14, 13, 7))
+    nibabel.save(nibabel.Nifti1Image(hu, np.diag([2.0, 2.0, 5.0, 1.0])), tmp_path / "case.nii.gz")
+    report = {"findings": {"chest": "", "abdomen": "No ascites.", "pelvis": "Normal bladder."}, "impressions": ""}
+    question = {"question": "Which?", "type": "organ", "options": {"A": "lung", "B": "liver"}, "answer": "B"}
+    entry = {"image": "./case.nii.gz", "meta": {}, "labels": {"report": report, "qa": [question]}}
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": [entry]}))
+    (tmp_path / "c.py").write_text(VOLUMES)
+    flags = ["--model.tokenizer", str(LAMED), "--data.volumes", str(tmp_path), "--out", str(tmp_path / "page.html")]
+    records = f"{tmp_path / 'dataset.json'}:training"
+    assert command.run([str(tmp_path / "c.py"), *flags, "--data.records", records, "--rows", "0"]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<h3>Record 0</h3>") == 2 and "<dd>abdomen</dd>" in page and "<dd>pelvis</dd>" in page
+    assert page.count("coronal, slice 13 of 24") == 2 and "image · 8 tokens" in page
+    assert "hu_window, −150 to 250 HU, 8 × 24 × 24 voxels; training changes it at random (intensity)" in page
+    assert "−150 to 250 HU become 0 to 1" in page and "the header&#39;s scaling alone gives air" in page
+    assert command.run([str(tmp_path / "c.py"), *flags, "--data.records", f"{records}:vqa"]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<dd>organ</dd>" in page and "<dd>A: lung; B (right): liver</dd>" in page
