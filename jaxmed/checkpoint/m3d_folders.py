@@ -31,6 +31,8 @@ from jaxmed.errors import UserError
 
 M3D_TOKENS = ("<im_patch>", "<bx_start>", "<bx_end>", "[SEG]")
 """Tokens that M3D's training adds, in this order; SAMF's adds the first three."""
+PADDING = "<unk>"
+"""Padding of M3D's training over LLaMA-2; a token more in front of the four where the base has none of this name"""
 M3D_LENGTH = 512
 """Tokens of a row in M3D's and SAMF's training, image places included."""
 
@@ -127,13 +129,16 @@ def _m3d_vocabulary(source: Source, base: str) -> tuple[str, DecoderConfig, tupl
     if has_tokenizer(folder) or not base:
         return folder, cut_vocabulary(decoder, folder), ()
     rows = decoder.vocab
-    size = Tokenizer.from_folder(base).size if has_tokenizer(base) else rows
-    if not 0 <= rows - size <= len(M3D_TOKENS):
+    words = Tokenizer.from_folder(base) if has_tokenizer(base) else None
+    size, added = (words.size if words else rows), M3D_TOKENS
+    if words and rows - size > len(M3D_TOKENS) and words.token_id(PADDING) is None:
+        added = (PADDING, *M3D_TOKENS)  # trained as if over LLaMA-2, whose padding is new to LLaMA-3: other ids are one up
+    if not 0 <= rows - size <= len(added):
         raise UserError(
             f"{folder}: has {rows} rows of tokens, the tokenizer of {base} has {size}; give the model's own base, or copy its "
             "tokenizer there"
         )
-    return base, replace(decoder, vocab=size), M3D_TOKENS[: rows - size]
+    return base, replace(decoder, vocab=size), added[: rows - size]
 
 
 def _end_ids(folder: str, base: str) -> tuple[int, ...]:

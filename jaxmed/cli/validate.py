@@ -22,6 +22,7 @@ from jaxmed.cli.validate_pairs import check_pairs, encoders_of, with_pretrained_
 from jaxmed.config import DataConfig, DecoderConfig, Experiment
 from jaxmed.data.inputs import TOKEN_KINDS
 from jaxmed.data.record_files import records_file
+from jaxmed.data.tokenizer import Tokenizer, has_tokenizer
 from jaxmed.errors import UserError
 
 SHAPES = ("lora.rank", "lora.targets", "visual.features", "visual.norm", "visual.positions", "model.added_tokens")
@@ -135,8 +136,15 @@ def _with_decoder(experiment: Experiment, given: frozenset[str]) -> Experiment:
 
 
 def _decoder(experiment: Experiment, given: frozenset[str]) -> DecoderConfig:
-    whole = detect_base(experiment.model.base) in WHOLE
-    return _whole(experiment, given, [])[0].model.decoder if whole else decoder_of(experiment.model.base)
+    model = experiment.model
+    if detect_base(model.base) in WHOLE:
+        return _whole(experiment, given, [])[0].model.decoder
+    found, folder = decoder_of(model.base), model.tokenizer or model.base
+    if not (experiment.data.template == "m3d" and model.added_tokens and has_tokenizer(folder)):
+        return found
+    # M3D's added tokens follow the tokenizer's own, not the table's rows, of which Phi-3 has 53 more; its resizing cuts these
+    surplus = found.vocab - Tokenizer.from_folder(folder, model.added_tokens).base_size
+    return dataclasses.replace(found, vocab=found.vocab - surplus, surplus=surplus) if surplus > 0 else found
 
 
 def _from_adapter(experiment: Experiment, given: frozenset[str], assumed: list[str]) -> Experiment:
