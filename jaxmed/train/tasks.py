@@ -85,8 +85,8 @@ class PairTask:
         return {"accuracy": int(metrics.right) / max(count, 1), "pairs": count}
 
     def evaluation(self, batches: Sequence[Evaluated], dataset: Any) -> dict[str, float]:
-        """The mean of the losses, each within its batch, and retrieval among all pairs: `eval_i2t_r1`, ... of partners,
-        `eval_i2t_same_r1`, ... where any text with the same words counts."""
+        """The mean of the losses, each within its batch, and retrieval among all pairs: `eval_i2t_r1`, ... of partners, and
+        where texts repeat `eval_i2t_same_r1`, ...: any text with the same words counts."""
         images, texts, losses, there = (np.concatenate([np.asarray(batch.found[i]) for batch in batches]) for i in range(4))
         samples = np.array([row[0] if row else -1 for batch in batches for row in batch.plan.rows])
         row: dict[str, float] = {
@@ -96,9 +96,11 @@ class PairTask:
         if not there.any():
             return row
         words = [dataset.samples[i].text for i in samples[there]]
-        for name, same in (("", ()), ("same_", words)):
-            recalls = retrieval(images[there], texts[there], same=same, keep=1).recalls
-            row |= {f"eval_{key[:4]}{name}{key[4:]}": value for key, value in recalls.items()}
+        pairs = images[there], texts[there]
+        row |= {f"eval_{key}": value for key, value in retrieval(*pairs, keep=1).recalls.items()}
+        if len(set(words)) < len(words):
+            same = retrieval(*pairs, same=words, keep=1).recalls
+            row |= {f"eval_{key[:4]}same_{key[4:]}": value for key, value in same.items()}
         return row
 
 
