@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from jaxmed.cli import common
 from jaxmed.config import EncodeConfig, Experiment, VisualConfig, replace_field
+from jaxmed.data.hounsfield import Override
 from jaxmed.errors import UserError
 
 FIELDS = ("visual", "encode")
@@ -31,6 +32,13 @@ class Configured:
     @property
     def has_tower(self) -> bool:
         return self.experiment.model.tower.kind != "none"
+
+    def with_hounsfield(self, metadata: str, hu: Override) -> "Configured":
+        """--metadata and --hu over what the preparation for a tower says ("" and auto: as it is)."""
+        visual = self.experiment.visual
+        given = {"metadata": metadata or visual.prepare.metadata, "hu": visual.prepare.hu if hu == "auto" else hu}
+        visual = replace(visual, prepare=replace(visual.prepare, **given))
+        return replace(self, experiment=replace(self.experiment, visual=visual))
 
     @property
     def tower_visual(self) -> VisualConfig:

@@ -31,32 +31,28 @@ TOWER_FLAGS, LEARNED_FLAGS = ("tower", "base", "store", "set"), ("encoder_config
 
 @dataclass(frozen=True)
 class Args:
-    config: tyro.conf.Positional[str]
+    config: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="CONFIG")]]
     """A shipped config by name, or the path of a Python file; with a tower also the folder of a run, a model or a tower"""
     volumes: str
-    """Folder of .nii or .nii.gz files, with any subfolders; for a tower also prepared .npy, and folders of DICOM or image
-    slices"""
+    """Folder of .nii or .nii.gz files, with any subfolders; a tower takes .npy and folders of DICOM or image slices too"""
     out: str
     """Folder for the token files; files that are there already are left alone"""
     metadata: str = ""
-    """CT-RATE's metadata CSV: spacing and rescale by VolumeName (a tower's preset hu_window: rescale alone). "": the files' own
-    headers"""
+    """CT-RATE's metadata CSV: spacing (not for a tower) and rescale by VolumeName. "": the files' own headers"""
     hu: Override = "auto"
     """What makes stored numbers Hounsfield units: the header's scaling, the header's and then the CSV's, or nothing.
-    `auto`: of header and csv the one reading that has air; a volume where none or both have is refused. (A tower's presets but
-    hu_window do not depend on it)"""
+    `auto`: of header and csv the one reading that has air; a volume where none or both have is refused.
+    Of a tower's presets only hu_window depends on it"""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """A volume that cannot be used: stop, or go on without it and list it in OUT/skipped.jsonl"""
     processes: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: one a core)")] = 0
-    """Volumes encoded (with --encoder or a tower: prepared, 4 at most by default) at once; each takes the memory of one
-    volume"""
+    """Volumes encoded (with --encoder or a tower: prepared, 4 at most by default) at once, each in memory"""
     encoder: str = ""
     """BTB3D's tokenizer checkpoint (3rd_stage.ckpt), or the folder that holds it. "": the weight-free Haar encoder"""
     encoder_config: str = ""
     """Upstream's model config (YAML) of that checkpoint, or 16x16x8 or 8x8x8 for the published sizes. "": the YAML beside it"""
     batch: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: 1 on CPU; else 6, of a tower 8)")] = 0
-    """Windows of the learned encoder at once on each device (a volume of 241 slices has 30, each takes 0.8 GB), or volumes of
-    a tower"""
+    """Windows (of a tower: volumes) at once on each device; a volume of 241 slices has 30 windows, each takes 0.8 GB"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; upstream's is bfloat16, where some 0.5% of the learned encoder's signs fall differently"""
     codes: bool = False
@@ -143,11 +139,8 @@ def _tower(args: Args, found: Configured) -> int:
     from jaxmed.generate import encode_tower
     from jaxmed.generate.tower import Tower, check_weights
 
-    experiment = found.experiment
-    prepare = experiment.visual.prepare
-    given = {"metadata": args.metadata or prepare.metadata, "hu": prepare.hu if args.hu == "auto" else args.hu}
-    prepare = dataclasses.replace(prepare, **given)
-    experiment = dataclasses.replace(experiment, visual=dataclasses.replace(found.tower_visual, prepare=prepare))
+    found = found.with_hounsfield(args.metadata, args.hu)
+    experiment = dataclasses.replace(found.experiment, visual=found.tower_visual)
     check_weights(experiment, args.config)
     encode_tower.check(experiment.model.tower, experiment.visual, args.config)
     encode_tower.names_below(args.volumes)  # a wrong folder is better said before the weights are read

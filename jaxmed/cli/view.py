@@ -32,9 +32,9 @@ SHEET = "sheet.png"
 
 @dataclass(frozen=True)
 class Args:
-    volumes: tyro.conf.Positional[tuple[str, ...]]
+    volumes: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="VOLUME...", help_behavior_hint="")]]
     """NIfTI files, folders with a DICOM series or with PNG or JPEG slices, prepared .npy; also images and token files (.npz)"""
-    config: str
+    config: Annotated[str, tyro.conf.arg(help_behavior_hint="(needed)")] = ""
     """A shipped config, a Python file, or the folder of a run, a model or a tower: what it says of the image input counts"""
     out: str = SHEET
     """The picture; with several volumes a folder of pictures"""
@@ -53,9 +53,9 @@ class Args:
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """KEY=VALUE for what no file stores, such as vision.heads=12; repeatable"""
     metadata: str = ""
-    """CT-RATE's metadata CSV, for configs whose volumes `jaxmed encode` makes tokens of"""
+    """CT-RATE's metadata CSV: spacing and rescale by VolumeName (a tower's preset hu_window: rescale alone)"""
     hu: Override = "auto"
-    """Which rule gives the Hounsfield units there: the one that has air, or this"""
+    """Which rule gives the Hounsfield units: the one that has air, or this"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the tower's computation"""
 
@@ -65,6 +65,7 @@ def run(argv: list[str]) -> int:
     args: Args = common.parse(Args, others, prog="jaxmed view", description=DESCRIPTION)
     _check(args)
     found = configured(args.config, args.base, args.tower, common.settings(args.set), fields, "view")
+    found = found.with_hounsfield(args.metadata, args.hu)
     tower = _tower(args, found) if args.features and _runs_tower(args, found) else None
     problems, written = [], 0
     for volume, out in _outs(args).items():
@@ -90,6 +91,9 @@ def _listed(problems: list[Problem], written: int) -> str:
 def _check(args: Args) -> None:
     if not args.volumes:
         raise UserError("give a volume: a NIfTI file, a folder of slices, or a prepared .npy")
+    if not args.config:
+        known = ", ".join(common.shipped_configs())
+        raise UserError(f"give --config: one of {known}; the path of a .py file; or the folder of a run, a model or a tower")
     if args.slices < 0:
         raise UserError(f"--slices is {args.slices}; give the slices of the axial plane, or 0")
     needs = [flag for flag, given in (("--patch", args.patch), ("--tokens", args.tokens)) if given]
