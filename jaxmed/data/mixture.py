@@ -11,6 +11,7 @@ once, or a number. `cap` is the most that an epoch takes of a set, a number or `
 of (seed, epoch), so a run goes on by its step number, at any process count.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -150,6 +151,19 @@ def check_region_weights(weights: Sequence[Any], where: str) -> None:
 
 def _from(path: str, name: str) -> str:
     return os.path.join(os.path.dirname(os.path.abspath(path)), name)
+
+
+def digest(name: str) -> str:
+    """sha256 of a file of records, or of a mixture and its files, and of how it is read where its name says so."""
+    found = parse(name)
+    with open(found.path, "rb") as file:
+        content = hashlib.file_digest(file, "sha256")
+    if found.path != name:
+        content.update(repr((found.split, sorted(found.fields.items()))).encode())
+    mixture = read_mixture(name)
+    for member in mixture.members if mixture else ():
+        content.update(digest(member.records).encode())
+    return content.hexdigest()
 
 
 # -- what an epoch takes ---------------------------------------------------------------------------------------------------

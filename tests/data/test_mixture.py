@@ -1,5 +1,6 @@
 """Mixtures: how many samples of each set an epoch has, that the draw is pure and goes on by step, and bad descriptions."""
 
+import hashlib
 import json
 from collections import Counter
 
@@ -10,7 +11,7 @@ from small_data import make_experiment, make_tokenizer, make_volumes
 from jaxmed.config import DataConfig
 from jaxmed.data.asking import drawn
 from jaxmed.data.dataset import scan
-from jaxmed.data.mixture import GroupDraw, Member, Mixture, group_draw, read_mixture
+from jaxmed.data.mixture import GroupDraw, Member, Mixture, digest, group_draw, read_mixture
 from jaxmed.data.plan import Plan, SampleSize
 from jaxmed.data.records import Reading, load_records
 from jaxmed.data.rows import build_rows
@@ -180,6 +181,19 @@ def test_prompts_are_drawn_by_epoch_sample_and_repeat(mixed):
     held_out = dataset.evaluation_plan()[0]
     again, _ = build_rows(dataset, held_out, range(3))
     np.testing.assert_array_equal(again["tokens"], build_rows(dataset, held_out, range(3))[0]["tokens"])
+
+
+def test_a_digest_is_of_all_files_and_of_how_they_are_read(mixed):
+    path = describe(mixed)
+    first, plain = digest(path), digest(str(mixed / "first/dataset.json"))
+    assert plain == hashlib.sha256((mixed / "first/dataset.json").read_bytes()).hexdigest()
+    names = ["first/dataset.json:vqa", "first/dataset.json:training", "first/dataset.json:training:vqa"]
+    found = {digest(str(mixed / name)) for name in names} | {plain, first}
+    assert len(found) == 5
+    assert digest(str(mixed / "first/dataset.json:vqa:training")) == digest(str(mixed / names[2]))
+    amos(mixed / "x", "second", [("pelvis",)])
+    (mixed / "second/dataset.json").write_bytes((mixed / "x/second/dataset.json").read_bytes())
+    assert digest(path) not in found
 
 
 BAD = [
