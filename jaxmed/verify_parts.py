@@ -52,7 +52,7 @@ def verify(plan: PartPlan, overrides: Mapping[str, Any], written: str, say: Call
 
 
 def _stages(plan: PartPlan, overrides: Mapping[str, Any], written: str) -> list[Stage]:
-    part, dtypes = plan.part, {tensor.ours.partition("[")[0]: tensor.dtype for tensor in plan.tensors}
+    part, dtypes = plan.part, plan.dtypes
     theirs = open_part(written, _known(part, overrides, plan.to))
     if isinstance(part, ProjectorFolder):
         return compared(_projected(part, dtypes), _projected(theirs), "")

@@ -68,6 +68,11 @@ class Plan:
     def tensors(self) -> list[Tensor]:
         return [tensor for tensors in self.files.values() for tensor in tensors]
 
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Path of ours as text -> dtype in which it is written."""
+        return {name.partition("[")[0]: tensor.dtype for tensor in self.tensors for name in (tensor.ours, *tensor.also)}
+
     def about(self) -> dict[str, Any]:
         """Lines of the manifest that only this kind of model has."""
         return {}
@@ -149,6 +154,7 @@ class Planner:
             "/".join(paths[0]),
             rule,
             tuple(dict.fromkeys(values.source(path, layer) for path in used)),
+            tuple("/".join(path) for path in paths[1:]),
         )
 
     def _shape(self, group: list[Row]) -> tuple[int, ...]:

@@ -282,11 +282,12 @@ def base_fingerprint(path: str) -> str:
         elif zipfile.is_zipfile(full):
             with zipfile.ZipFile(full) as archive:
                 digest.update(repr([(info.filename, info.CRC, info.file_size) for info in archive.infolist()]).encode())
-        _sample(full, digest)
+        sample(full, digest)
     return digest.hexdigest()
 
 
-def _sample(path: str, digest: Any) -> None:
+def sample(path: str, digest: Any) -> None:
+    """A few bytes from all over a file into a hash."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         for i in range(_SAMPLES):

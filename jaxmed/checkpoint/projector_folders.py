@@ -5,7 +5,6 @@ names and shapes of the tensors do.
 """
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -177,8 +176,10 @@ def _kind(settings: Mapping[str, Any], shapes: Shapes, where: str) -> tuple[Proj
 
 def _plain(stems: set[str], before: str) -> str:
     """`mlpNx_gelu` for layers that are numbered 0, 2, ..., else `linear`."""
-    numbers = sorted(int(match[1]) for stem in stems if (match := re.fullmatch(re.escape(before) + r"(\d+)", stem)))
-    return f"mlp{len(numbers)}x_gelu" if numbers else "linear"
+    count = 0
+    while f"{before}{2 * count}" in stems:
+        count += 1
+    return f"mlp{count}x_gelu" if count else "linear"
 
 
 def _sizes(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from jaxmed.checkpoint.adapter import held_by_runs, upstream_folder
 from jaxmed.checkpoint.folder_kinds import is_own
-from jaxmed.checkpoint.hf_io import TensorFolder, base_fingerprint, open_folder
+from jaxmed.checkpoint.hf_io import TensorFolder, base_fingerprint, open_folder, sample
 from jaxmed.checkpoint.hf_tables import Row, experiment_rows
 from jaxmed.checkpoint.manager import FOLDER, newest, read_meta
 from jaxmed.checkpoint.names import canonical_names
@@ -93,5 +93,11 @@ def weights_identity(model: ModelConfig) -> str:
 
 
 def run_fingerprint(run: str) -> str:
-    """The same of a run: its config, data and step decide its weights."""
-    return json.dumps(read_meta(os.path.join(run, FOLDER), newest(run)), sort_keys=True)
+    """The same of a folder of ours: metadata of its newest checkpoint, sizes of the files, a few bytes from all over each."""
+    step = newest(run)
+    digest = hashlib.sha256(json.dumps(read_meta(os.path.join(run, FOLDER), step), sort_keys=True).encode())
+    root = os.path.join(run, FOLDER, str(step), "trainable")
+    for path in sorted(os.path.join(above, name) for above, _, names in os.walk(root) for name in names):
+        digest.update(f"{os.path.relpath(path, root)}\0{os.path.getsize(path)}\0".encode())
+        sample(path, digest)
+    return digest.hexdigest()

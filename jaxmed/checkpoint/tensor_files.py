@@ -37,6 +37,8 @@ class Tensor:
     """What was done to it"""
     sources: tuple[str, ...] = ()
     """Files (or a checkpoint's folder) that its values came from"""
+    also: tuple[str, ...] = ()
+    """Further paths of ours that it holds, such as k and v beside q"""
 
     @property
     def nbytes(self) -> int:

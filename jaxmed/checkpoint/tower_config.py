@@ -88,10 +88,13 @@ def tower_config(
     try:
         if kind in ("clip", "siglip"):
             alone = inner is config
-            return _hf(inner, where, kind, select, alone) if inner else _hf_from_shapes(tensors, kind, where, select, heads)
-        if kind == "dino":
-            return _dino(tensors, where, int(_number(inner, "num_heads", where, 0)) or heads)
-        return _vit3d(config, where, tensors, select, heads)
+            found = _hf(inner, where, kind, select, alone) if inner else _hf_from_shapes(tensors, kind, where, select, heads)
+        elif kind == "dino":
+            found = _dino(tensors, where, int(_number(inner, "num_heads", where, 0)) or heads)
+        else:
+            found = _vit3d(config, where, tensors, select, heads)
+        found.config.check_heads()
+        return found
     except ConfigError as error:  # sizes that are each a number, but don't go together
         raise UserError(f"{where}: {error}") from error
 
@@ -320,7 +323,7 @@ def _text_from_shapes(tensors: TensorFolder | None, where: str, heads: int) -> F
         return FoundText(BERT_BASE, tuple(BERT_BASE.__dataclass_fields__))
     shapes = TowerShapes(tensors, "embeddings.word_embeddings.weight", where)
     vocab, width = shapes("embeddings.word_embeddings.weight", 2)
-    count, assumed = head_count(width, heads, BERT_BASE.heads, where)
+    count, assumed = head_count(width, heads, BERT_BASE.heads, where, "text encoder", "text.heads")
     config = replace(
         BERT_BASE,
         vocab=vocab,

@@ -48,14 +48,16 @@ class TowerShapes:
         return 1 + max((int(m.group(1)) for name in self.tensors.names() if (m := pattern.match(name))), default=-1)
 
 
-def head_count(width: int, given: int, published: int, where: str) -> tuple[int, list[str]]:
-    """(heads, what was assumed): what was given, else heads 64 wide as every published tower of this kind has them."""
+def head_count(
+    width: int, given: int, published: int, where: str, what: str = "image tower", flag: str = "vision.heads"
+) -> tuple[int, list[str]]:
+    """(heads of `what`, what was assumed): what was given, else heads 64 wide as the published ones have them."""
     if given:
         return given, []
     count = width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else published
     if width % count:
         raise UserError(
-            f"{where}: no file says how many attention heads the image tower has, and the published {published} do not "
-            f"divide its width {width}; give their number with --set vision.heads=N"
+            f"{where}: no file says how many attention heads the {what} has, and the published {published} do not "
+            f"divide its width {width}; give their number with --set {flag}=N"
         )
     return count, ["heads"]

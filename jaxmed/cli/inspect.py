@@ -53,12 +53,12 @@ def inventory(args: Args) -> "Inventory":
     """What a folder or a config consists of."""
     # imported late: --help and flags that are wrong need no JAX
     from jaxmed.checkpoint.folder_kinds import detect
-    from jaxmed.checkpoint.open_part import is_part, open_part
+    from jaxmed.checkpoint.open_part import open_part, part_of_model
     from jaxmed.train.parts import encoder_inventory, take_inventory
 
     given = common.settings(args.set)
     there = os.path.exists(args.model) and not args.model.endswith(".py")
-    if there and is_part(args.model):
+    if there and not is_run(args.model) and part_of_model(args.model):
         part = open_part(args.model, given)
         return encoder_inventory(part.build, part.widths, args.dtype or "bfloat16", args.mesh)
     kind = detect(args.model) if there and not is_run(args.model) else ""
