@@ -161,7 +161,7 @@ def _judge(args: ScoringArgs) -> judges.Judge:
         return judges.EndpointJudge(args.judge, args.judge_model, key, args.judge_timeout, args.judge_parallel)
     # imported late, as above
     from jaxmed.api import Model, load
-    from jaxmed.generate.studies import weights_fingerprint
+    from jaxmed.generate.request import weights_fingerprint
 
     model = load(args.judge, dtype=args.judge_dtype)
     if not isinstance(model, Model):

@@ -48,11 +48,11 @@ class BertScore:
 
     def __init__(self, folder: str, layer: int = 0):
         """`layer`: after how many blocks (0: as published)."""
-        config = read_json(os.path.join(folder, "config.json")) if os.path.isdir(folder) else {}
+        where = os.path.join(folder, "config.json")
+        config = read_json(where) if os.path.exists(where) else {}
         self._family = config.get("model_type", "")
         if self._family not in ("bert", "roberta"):
             raise UserError(f"{folder}: holds no BERT or RoBERTa (config.json with that model_type); give one with --bertscore")
-        where = os.path.join(folder, "config.json")
         found = text_encoder_config(config | {"model_type": "bert"}, where, None).config
         self.layer = layer or LAYERS.get((self._family, found.layers), found.layers)
         if not 1 <= self.layer <= found.layers:

@@ -9,14 +9,18 @@ How many words match does not depend on the alignment: as many of each stem as t
 are the same have the same stem). Chunks are matches less *links*, a link being two neighbours of one text that are matched
 with two neighbours of the other. So the most links are sought, and words outside links match whatever is left.
 The search goes from left to right over the answer and keeps the `BEAM` best beginnings; it is exact while no more than these
-are undecided at once.
+are undecided at once. For texts that repeat themselves more than that, a narrower search or taking the longest common run
+first, again and again, may find more, and the best of them counts.
 """
 
+import heapq
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5
 BEAM = 64
+_NARROW = 8
 
 _FREE, _ENDED = -1, -2
 """The last word has no link; it has one, and the next word cannot have one with it"""
@@ -31,17 +35,43 @@ def matches(ours: Sequence[str], theirs: Sequence[str]) -> int:
 
 def chunks(ours: Sequence[str], theirs: Sequence[str], beam: int = BEAM) -> int:
     """The fewest chunks of an alignment that matches the most words."""
-    return matches(ours, theirs) - _links(ours, theirs, beam)
+    runs = _common_runs(ours, theirs)
+    return matches(ours, theirs) - max(*(_links(ours, theirs, runs, b) for b in (beam, _NARROW)), _longest_first(runs))
 
 
-def _links(ours: Sequence[str], theirs: Sequence[str], beam: int) -> int:
-    """The most links."""
+def _longest_first(runs: list[list[int]]) -> int:
+    """Links, if the longest common run that is left is taken until there is none."""
+    starts = [
+        (-length, i, j)
+        for i, row in enumerate(runs)
+        for j, length in enumerate(row)
+        if length and not (i and j and runs[i - 1][j - 1] > length)
+    ]
+    heapq.heapify(starts)
+    links, ours, theirs = 0, set[int](), set[int]()
+    while starts:
+        length, i, j = heapq.heappop(starts)
+        places = range(1 - length)  # a run of n links has n + 1 words
+        free = [i + k not in ours and j + k not in theirs for k in places]
+        if all(free):
+            links -= length
+            ours.update(i + k for k in places)
+            theirs.update(j + k for k in places)
+            continue
+        edges = [-1, *(k for k in places if not free[k]), len(places)]
+        for a, b in itertools.pairwise(edges):  # what is free between two places that are taken
+            if b - a > 2:
+                heapq.heappush(starts, (a + 2 - b, i + a + 1, j + a + 1))
+    return links
+
+
+def _links(ours: Sequence[str], theirs: Sequence[str], runs: list[list[int]], beam: int) -> int:
+    """The most links that a search with so many beginnings finds."""
     places: dict[tuple[str, str], list[int]] = defaultdict(list)
     for j in range(len(theirs) - 1):
         places[theirs[j], theirs[j + 1]].append(j)
     pairs = [(ours[i], ours[i + 1]) for i in range(len(ours) - 1)]
     relevant = _relevant(pairs, places)
-    runs = _common_runs(ours, theirs)
     states: _States = {(0, _FREE): 0}
     for i, pair in enumerate(pairs):
         states = _advance(states, places.get(pair, []), runs[i + 1], relevant[i])

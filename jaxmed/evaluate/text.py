@@ -14,6 +14,7 @@ Axis letters: R resamples or texts, 10 statistics.
 """
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -182,15 +183,26 @@ def meteor_available() -> bool:
 
 def read_wordnet(folder: str) -> Any:
     """A WordNet from a folder: that of its files (data.noun, index.sense, ...), or nltk's data folder above it."""
+    import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader, WordNetError
 
     places = [Path(folder, inner) for inner in ("", "wordnet", "corpora/wordnet")]
     found = next((place for place in places if (place / "data.noun").is_file()), None)
     if found is None:
         raise UserError(f"{folder}: has no data.noun; give the unpacked folder of WordNet's files with --wordnet")
+
+    class English(WordNetCorpusReader):
+        """Without the tables of other languages, which nltk seeks among its own data."""
+
+        def map_wn(self, version: str = "wordnet") -> None:
+            return None
+
+    nltk.data.path.append(str(found))  # nltk reads from the folders that it knows alone
     try:
-        return WordNetCorpusReader(str(found), None)
-    except (OSError, ValueError, WordNetError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that other languages are not there
+            return English(str(found), None)
+    except (OSError, ValueError, AssertionError, WordNetError) as error:
         raise UserError(f"{found}: is no whole WordNet ({error}); unpack it again") from error
 
 

@@ -1,0 +1,117 @@
+"""Regions, means over them, and differences of two runs by the same draws."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jaxmed.errors import UserError
+from jaxmed.evaluate import compare, parts, scores, text
+from jaxmed.evaluate.judging import Judged
+from jaxmed.evaluate.studies import Study
+
+REGIONS = ("chest", "abdomen", "pelvis")
+WORDS = ["no", "small", "nodule", "effusion", "right", "left", "lobe", "heart", "liver", "cyst", "normal", "."]
+
+
+def made_up(volumes, seed, error):
+    """Reports of regions: the pelvis in every other volume alone."""
+    random = np.random.default_rng(seed)
+    found = []
+    for i in range(volumes):
+        for region in REGIONS[: 2 + i % 2]:
+            reference = np.random.default_rng([i, len(region)]).choice(WORDS, 11)
+            answer = np.where(random.random(11) < error, random.choice(WORDS, 11), reference)
+            found.append(Study(f"{i}/{region}", f"v{i}.nii.gz", ("q",), (" ".join(answer),), (" ".join(reference),), region))
+    return found
+
+
+def run(name, studies, judged=(), resamples=200):
+    found = scores.score(studies, resamples=resamples, scorers=text.scorers())
+    return compare.Run(name, f"{name}.json", studies, found, parts.parts(studies, found.statistics, judged, "", resamples))
+
+
+def test_volumes_are_resampled_whole_and_regions_count_alike_in_their_mean():
+    studies = made_up(10, 1, 0.4)
+    assert scores.units(studies).max() == 9 and len(studies) == 25
+    for weights in scores.weights(scores.units(studies), 60, 3):
+        for i in range(10):
+            own = weights[:, [study.image == f"v{i}.nii.gz" for study in studies]]
+            assert (own == own[:, :1]).all()
+    found = run("a", studies)
+    rouge = np.array([row["rouge_l"] for row in found.scores.per_study])
+    means = {region: rouge[[s.region == region for s in studies]].mean() for region in REGIONS}
+    content = parts.to_json(found.parts)["regions"]
+    for region in REGIONS:
+        assert content["groups"][region]["scores"]["rouge_l"] == pytest.approx(means[region])
+    assert content["groups"]["pelvis"]["records"] == 5
+    assert content["mean"]["scores"]["rouge_l"] == pytest.approx(np.mean(list(means.values())))
+    assert found.scores.corpus["rouge_l"] == pytest.approx(rouge.mean())
+    written = scores.to_json(found.scores)
+    assert written["studies"] == 10 and written["records"] == 25
+    bleu = scores.corpus_scores(
+        scores.statistics(*[[getattr(s, k) for s in studies if s.region == "chest"] for k in ("answers", "references")])
+    )
+    assert content["groups"]["chest"]["scores"]["bleu_4"] == pytest.approx(bleu["bleu_4"])
+
+
+def test_a_judges_values_are_averaged_by_region_over_those_it_judged():
+    studies = made_up(4, 1, 0.4)  # chest, abdomen; chest, abdomen, pelvis; twice
+    values = np.array([0.2, 0.5, 0.4, np.nan, 0.9, 0.6, 0.7, 0.8, 0.1, 0.3])
+    regions = [study.region for study in studies]
+    found = run("a", studies, [Judged("green", "j", values, facts={"version": "challenge"})]).parts
+    content = parts.to_json(found)
+    by_hand = {r: np.nanmean([v for v, region in zip(values, regions, strict=True) if region == r]) for r in REGIONS}
+    assert {r: content["regions"]["groups"][r]["scores"]["green"] for r in REGIONS} == pytest.approx(by_hand)
+    assert content["regions"]["mean"]["scores"]["green"] == pytest.approx(np.mean(list(by_hand.values())))
+    assert content["green"]["score"] == pytest.approx(np.nanmean(values)) and content["green"]["version"] == "challenge"
+    assert parts.columns(found, studies)["green_challenge"][0] == 0.2
+
+
+def test_records_that_are_no_parts_are_resampled_by_themselves():
+    plain = [dataclasses.replace(study, region="") for study in made_up(10, 1, 0.4)]
+    assert scores.units(plain).tolist() == list(range(25)) and "records" not in scores.to_json(run("a", plain).scores)
+
+
+def test_difference_interval_and_p():
+    a, better, same = made_up(40, 1, 0.5), made_up(40, 2, 0.2), made_up(40, 1, 0.5)
+    first = run("a", a)
+    found = compare.compare(first, run("b", better)).all["rouge_l"]
+    per_study = [np.array([row["rouge_l"] for row in r.scores.per_study]) for r in (first, run("b", better))]
+    assert found.value == pytest.approx(per_study[1].mean() - per_study[0].mean())
+    assert 0 < found.interval[0] < found.value < found.interval[1] and found.p == pytest.approx(2 / 201)
+    assert found.wins == (per_study[1] > per_study[0] + 1e-9).sum() and found.wins + found.losses + found.ties == 100
+    # the draws of both runs are the same: by hand, over volumes
+    units = scores.units(a)
+    totals = np.concatenate(list(scores.weights(units, 200, 0)))
+    differences = totals @ (per_study[1] - per_study[0]) / totals.sum(1)
+    np.testing.assert_allclose(found.interval, np.percentile(differences, [2.5, 97.5]))
+    nothing = compare.compare(first, run("c", same))
+    assert nothing.all["bleu_4"].interval == (0, 0) and nothing.all["bleu_4"].p == 1 and nothing.all["bleu_4"].ties == 100
+    turned = compare.compare(run("b", better), first).all["rouge_l"]
+    assert turned.value == pytest.approx(-found.value) and (turned.wins, turned.losses) == (found.losses, found.wins)
+
+
+def test_regions_of_a_comparison():
+    one = compare.compare(run("a", made_up(30, 1, 0.5)), run("b", made_up(30, 2, 0.3)))
+    values = [one.regions[region]["rouge_l"].value for region in REGIONS]
+    assert one.regions["mean"]["rouge_l"].value == pytest.approx(np.mean(values))
+    assert one.regions["pelvis"]["rouge_l"].wins + one.regions["pelvis"]["rouge_l"].losses <= 15
+
+
+def test_studies_of_all_runs_in_the_first_ones_order():
+    a, b = made_up(6, 1, 0.4), made_up(6, 2, 0.4)
+    shared, notices = compare.shared([("a", a[2:]), ("b", b[::-1][3:])])
+    assert [s.id for s in shared[0]] == [s.id for s in shared[1]] == [s.id for s in a[2:-3]] and "3 studies" in notices[0]
+    with pytest.raises(UserError, match="share no study"):
+        compare.shared([("a", a[:2]), ("b", b[3:])])
+    with pytest.raises(UserError, match="twice"):
+        compare.shared([("a", [a[0], a[0]]), ("b", b)])
+
+
+def test_the_farthest_studies_come_first():
+    a, b = made_up(12, 1, 0.5), made_up(12, 2, 0.1)
+    runs = [run("a", a), run("b", b)]
+    order = compare.most_different(runs, "rouge_l")
+    gaps = np.abs(compare.per_study(runs[0])["rouge_l"] - compare.per_study(runs[1])["rouge_l"])[order]
+    assert (np.diff(gaps) <= 0).all() and gaps[0] > gaps[-1]
