@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import tyro
@@ -18,6 +18,9 @@ from jaxmed.report import view_input, view_sheet
 from jaxmed.report.view_features import components, patch_place, similarity
 from jaxmed.report.view_planes import Seen
 from jaxmed.report.view_sheet import Features
+
+if TYPE_CHECKING:
+    from jaxmed.generate.tower import Tower
 
 HELP = "Show what a model will see of a volume as a picture: planes, window, HU rule, and what its tower tells apart"
 
@@ -137,7 +140,7 @@ def _runs_tower(args: Args, found: Configured) -> bool:
     return True
 
 
-def _tower(args: Args, found: Configured):
+def _tower(args: Args, found: Configured) -> "Tower":
     # JAX takes a second to import, and pictures alone do without.
     from jaxmed.generate.tower import Tower, check_weights
 
@@ -147,24 +150,26 @@ def _tower(args: Args, found: Configured):
     return tower
 
 
-def _seen(volume: str, args: Args, found: Configured, tower) -> tuple[Seen, np.ndarray | None]:
+def _seen(volume: str, args: Args, found: Configured, tower: "Tower | None") -> tuple[Seen, np.ndarray | None]:
     """What is seen of a volume, and its tokens [N, C]."""
     if volume.endswith(".npz"):
         if not args.features:
             raise UserError("token files have no picture but that of their tokens; give --features")
         return view_input.of_tokens(volume, found.experiment.visual)
+    visual = found.experiment.visual
+    tokens, grid = view_input.tokens_of(args.tokens, visual) if args.tokens else (None, visual.grid)
     if found.has_tower:
         seen, values = view_input.of_tower(volume, found.tower_visual)
-        return seen, _tokens(tower, values, seen) if tower else None
-    visual = found.experiment.visual
+        if tokens is not None and grid != seen.grid:
+            raise UserError(f"{args.tokens}: tokens on a grid {grid}, the tower of {args.config} gives {seen.grid}")
+        return seen, _tokens(tower, values, seen) if tower else tokens
     if visual.kind == "none":
         raise UserError(f"{args.config} reads no images (visual.kind is none)")
     metadata = Metadata(args.metadata) if args.metadata else None
-    tokens, grid = (None, visual.grid) if not args.tokens else view_input.tokens_of(args.tokens, visual)
     return view_input.of_canvas(volume, found.experiment.encode, metadata, args.hu, grid), tokens
 
 
-def _tokens(tower, values: np.ndarray, seen: Seen) -> np.ndarray:
+def _tokens(tower: "Tower", values: np.ndarray, seen: Seen) -> np.ndarray:
     """[N, C], N as many as the grid has places"""
     if tower.visual.kind == "slices":
         return tower(values)[:, 0]

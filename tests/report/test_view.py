@@ -167,6 +167,13 @@ def test_the_command_in_two_orientations(tmp_path, config, capsys):
     first, second = pixels(tmp_path / "deep" / "v.png"), pixels(tmp_path / "w.png")
     below = MARGIN + 32  # of the name
     np.testing.assert_array_equal(first[below:], second[below:])
+    tokens = tmp_path / "v.npz"
+    write_npz(str(tokens), np.zeros((30, 2, 4, 3), np.float32), "")
+    assert command.run([one, *config, "--features", "--tokens", str(tokens), "--out", str(tmp_path / "of_file.png")]) == 0
+    assert pixels(tmp_path / "of_file.png").shape[0] < first.shape[0]  # no line for a similarity
+    write_npz(str(tokens), np.zeros((30, 2, 3, 3), np.float32), "")
+    with pytest.raises(UserError, match=r"tokens on a grid \(2, 3, 3\), the tower of .* gives \(2, 4, 3\)"):
+        command.run([one, *config, "--features", "--tokens", str(tokens)])
     assert command.run([one, *config, "--visual.prepare.window", "-50", "60", "--out", str(tmp_path / "narrow.png")]) == 0
     assert (pixels(tmp_path / "narrow.png").max(-1) > 0).any()
     assert command.run([one, other, *config, "--out", str(tmp_path / "both")]) == 0
