@@ -152,6 +152,8 @@ def show(found: dict[str, Any]) -> None:
             f"sum is {memory['model_over_compiler']:.2f} of it",
         )
     console.print(table)
+    if memory["host"]:
+        console.print(f"  and {gigabytes(memory['host'])} of the host's memory for each device")
     table = _table("sent by one device in a step", "bytes", "least possible")
     for axis, size in sorted(sent["axes"].items(), key=lambda item: -item[1]):
         table.add_row(axis, f"{size:,.0f}", f"{sent['least'][axis]:,.0f}" if axis in sent["least"] else "")

@@ -52,12 +52,13 @@ def analyse(experiment: Experiment, topology: Topology, step: programs.Step, len
         program = programs.trace(experiment, mesh, step, length, topology.chip.platform)
         trained, frozen = programs.parameter_counts(experiment, mesh)
     jaxpr = program.traced.jaxpr.jaxpr
-    flops = traffic = 0.0
+    flops = traffic = host = 0.0
     kernels: set[str] = set()
     known = True
     for equation in equations(jaxpr):
         flops += equation.flops * equation.times
         traffic += equation.traffic(topology.chip.on_chip) * equation.times
+        host += equation.host_traffic * equation.times
         known &= equation.name != "while"
         if equation.flops and equation.name not in ("dot_general", "conv_general_dilated"):
             kernels.add(equation.name)
@@ -74,7 +75,7 @@ def analyse(experiment: Experiment, topology: Topology, step: programs.Step, len
         sent=sent,
         least=counts.least_sent(experiment, step, length, trained, frozen),
         frozen_twice=counts.frozen_twice(experiment, step, frozen),
-        roofline=roofline(topology, flops, traffic, by_axes, sizes),
+        roofline=roofline(topology, flops, traffic, host, by_axes, sizes),
         tokens=experiment.data.batch * (length if step != "decode" else 1),
         counted_loops=known,
     )

@@ -45,6 +45,14 @@ class Equation:
             return 2.0 * math.prod(local_shape(self.eqn.outvars[0].aval)) * math.prod(kernel) / features
         return kernel_flops(self.eqn) if is_kernel(self.eqn) else 0.0
 
+    @property
+    def host_traffic(self) -> float:
+        """Bytes that one run moves between the device's memory and the host's."""
+        if self.name != "device_put":
+            return 0.0
+        pairs = zip(self.eqn.invars, self.eqn.outvars, strict=True)
+        return float(sum(size_of(b.aval) for a, b in pairs if on_host(a.aval) != on_host(b.aval)))
+
     def traffic(self, on_chip: float) -> float:
         """Bytes that one run moves between memory and the chip: what products, kernels and gathers read and write once. What is
         elementwise rides along with them, and so does what an inner loop (attention over chunks) can keep on the chip."""
@@ -118,11 +126,21 @@ def local_shape(aval: Any) -> tuple[int, ...]:
 
 
 def nbytes(aval: Any) -> int:
-    """Of one device's part."""
+    """Of one device's part, in its own memory."""
+    return 0 if on_host(aval) else size_of(aval)
+
+
+def size_of(aval: Any) -> int:
+    """Bytes of one device's part, wherever they lie."""
     dtype = getattr(aval, "dtype", None)
     if dtype is None or not hasattr(dtype, "itemsize"):
         return 0
     return math.prod(local_shape(aval)) * dtype.itemsize
+
+
+def on_host(aval: Any) -> bool:
+    """Whether an array lies in the host's memory (remat `offload`)."""
+    return "Host" in str(getattr(aval, "memory_space", ""))
 
 
 def spec_axes(aval: Any) -> list[tuple[str, ...]]:

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxmed.plan.jaxprs import explicit, gathers, inner_jaxprs, is_kernel, nbytes, source
+from jaxmed.plan.jaxprs import explicit, gathers, inner_jaxprs, is_kernel, nbytes, on_host, source
 
 VIEWS = {
     "reshape", "squeeze", "expand_dims", "transpose", "slice", "rev", "broadcast_in_dim", "pvary", "pcast", "copy", "copy_p",
     "reduce_precision", "stop_gradient", "name", "sharding_constraint", "optimization_barrier", "mesh_cast", "iota",
-    "dynamic_slice", "split", "random_wrap", "random_unwrap", "layout_constraint",
+    "dynamic_slice", "split", "device_put", "random_wrap", "random_unwrap", "layout_constraint",
 }  # fmt: skip
 WRITERS = {
     "dot_general", "conv_general_dilated", "gather", "scatter", "scatter-add", "scatter_add", "sort", "concatenate", "pad",
@@ -167,14 +167,17 @@ class Machine:
             return self.branch(eqn, read)
         if (name == "reshard" and not gathers(eqn)) or not all(explicit(v.aval) for v in eqn.outvars):
             name = "reshape"
-        writes = (name in WRITERS or name == "reshard" or is_kernel(eqn)) and name != "reshape"
+        fetched = name == "device_put" and on_host(eqn.invars[0].aval)
+        writes = (name in WRITERS or name == "reshard" or is_kernel(eqn) or fetched) and name != "reshape"
         weight = bool(read) and all(v.weight for v in read if v.buffers) and any(v.buffers for v in read)
         made = []
         for out in eqn.outvars:
             if not writes:
                 sources = tuple(dict.fromkeys(b for v in read for b in v.buffers))
                 ready = name in VIEWS and all(v.ready for v in read)
-                made.append(self.hold(Value(sources, weight, ready, nbytes(out.aval), (eqn, out))))
+                read_size = sum(nbytes(v.aval) for v in eqn.invars)
+                size = min(nbytes(out.aval), read_size) if name == "broadcast_in_dim" else nbytes(out.aval)
+                made.append(self.hold(Value(sources, weight, ready, size, (eqn, out))))
                 continue
             made.append(self.write(eqn, out, read, dying, env, weight))
         return made

@@ -20,7 +20,7 @@ from typing import Any
 
 from jaxmed.config import Experiment
 from jaxmed.models.decoder import padded_vocab
-from jaxmed.plan.jaxprs import nbytes
+from jaxmed.plan.jaxprs import equations, nbytes, on_host, size_of
 from jaxmed.plan.liveness import Machine, Value
 from jaxmed.plan.programs import Program
 
@@ -48,6 +48,8 @@ class Memory:
     classes: dict[str, int]
     largest: list[tuple[int, str, str]]
     """(bytes, class, what) of the largest buffers"""
+    host: int = 0
+    """Bytes of the host's memory for what one device keeps there (remat `offload`)"""
 
     @property
     def total(self) -> int:
@@ -86,7 +88,13 @@ def estimate(program: Program, experiment: Experiment, platform: str) -> Memory:
     machine.run(jaxpr, arguments)
     classes = {name: machine.peak.classes.get(name, 0) for name in CLASSES}
     classes["compiler"] = round(COMPILER_SHARE * sum(classes.values()))
-    return Memory(classes, machine.peak.largest)
+    return Memory(classes, machine.peak.largest, kept_on_host(jaxpr))
+
+
+def kept_on_host(jaxpr: Any) -> int:
+    """Bytes of what the loop over layers stacks up in the host's memory."""
+    stacked = (sum(size_of(v.aval) for v in e.eqn.outvars if on_host(v.aval)) for e in equations(jaxpr) if e.name == "scan")
+    return max(stacked, default=0)
 
 
 def measured(stats: Mapping[str, int]) -> int:

@@ -59,6 +59,7 @@ def memory_part(found: Analysis, compiled: Compiled | None, topology: Topology) 
         "capacity": topology.chip.hbm,
         "classes": found.memory.classes,
         "total": found.memory.total,
+        "host": found.memory.host,
         "largest": [{"bytes": b, "class": c, "what": w} for b, c, w in found.memory.largest[:20]],
     }
     if compiled:

@@ -4,8 +4,9 @@
     HBM        bytes that products and kernels read and write / the memory's bandwidth
     ICI        bytes sent over each mesh axis / what the links along it carry (NVLink within a node counts here)
     DCN        the part of it that leaves the slice or the node
+    host       what remat `offload` writes to the host's memory and fetches again / the link to it
 
-The roofline is the largest of the four, as if all else were hidden behind it. What is expected gives each its usual share of
+The roofline is the largest of them, as if all else were hidden behind it. What is expected gives each its usual share of
 the sheet's figure.
 """
 
@@ -24,7 +25,7 @@ MEMORY_SHARE = LINK_SHARE = 0.85
 @dataclass(frozen=True)
 class Roofline:
     seconds: dict[str, float]
-    """compute, HBM, ICI, DCN: of one step at the sheet's figures"""
+    """compute, HBM, ICI, DCN, host: of one step at the sheet's figures"""
     bound: str
     """The largest of them"""
     least: float
@@ -34,17 +35,24 @@ class Roofline:
 
 
 def roofline(
-    topology: Topology, flops: float, traffic: float, sent: Mapping[tuple[str, ...], float], mesh: Mapping[str, int]
+    topology: Topology,
+    flops: float,
+    traffic: float,
+    host: float,
+    sent: Mapping[tuple[str, ...], float],
+    mesh: Mapping[str, int],
 ) -> Roofline:
-    """flops, traffic and sent (bytes by mesh axes): of one device in one step."""
+    """flops, traffic (of its memory, and to and from the host's) and sent (bytes by mesh axes): of one device in one step."""
     chip = topology.chip
     seconds = {"compute": flops / chip.flops, "HBM": traffic / chip.hbm_bandwidth, "ICI": 0.0, "DCN": 0.0}
+    if host:
+        seconds["host"] = host / 2 / chip.host  # half of it goes each way
     for axes, amount in sent.items():
         far = dcn_share(topology, mesh, axes)
         seconds["ICI"] += amount * (1 - far) / link(topology)
         seconds["DCN"] += amount * far / chip.dcn
     bound = max(seconds, key=lambda name: seconds[name])
-    shares = {"compute": chip.matmul, "HBM": MEMORY_SHARE, "ICI": LINK_SHARE, "DCN": LINK_SHARE}
+    shares = {"compute": chip.matmul, "HBM": MEMORY_SHARE, "ICI": LINK_SHARE, "DCN": LINK_SHARE, "host": LINK_SHARE}
     return Roofline(seconds, bound, seconds[bound], max(s / shares[name] for name, s in seconds.items()))
 
 

@@ -16,7 +16,7 @@ from jaxmed.plan.meshes import Shape, flags, legal_meshes, with_mesh
 from jaxmed.plan.topology import Topology
 from jaxmed.plan.verdict import COMFORT
 
-POLICIES = ("full", "attention", "none")
+POLICIES = ("full", "attention", "offload", "none")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def variants(experiment: Experiment, topology: Topology, step: str) -> Iterator[
     for pieces in (n for n in (1, 2, 4, 8) if batch % n == 0):
         cut = replace_field(experiment, "data.microbatches", pieces)
         for shape in legal_meshes(cut, topology):
-            for policy in POLICIES:
+            for policy in (p for p in POLICIES if p != "offload" or topology.chip.platform != "cpu"):
                 yield replace_field(with_mesh(cut, shape), "train.remat", policy)
 
 

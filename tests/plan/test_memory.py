@@ -17,12 +17,17 @@ from jaxmed.plan.topology import parse_topology
 from jaxmed.sharding import device_bytes
 
 
-def classes(experiment, step="train", platform="tpu"):
+def planned(experiment, step="train", platform="tpu"):
     mesh = experiment.mesh
     devices = programs.abstract_mesh((mesh.data, mesh.fsdp, mesh.context, mesh.tensor), platform)
     with jax.sharding.use_abstract_mesh(devices):
         program = programs.trace(experiment, devices, step, experiment.data.buckets[0], platform)
-        return estimate(program, experiment, platform).classes, programs.parameter_counts(experiment, devices)
+        return estimate(program, experiment, platform), programs.parameter_counts(experiment, devices)
+
+
+def classes(experiment, step="train", platform="tpu"):
+    memory, counts = planned(experiment, step, platform)
+    return memory.classes, counts
 
 
 def test_state_is_counted_to_the_byte():
@@ -43,6 +48,16 @@ def test_what_the_policies_keep_is_what_they_say():
     assert full == stream
     assert kept == stream + wide * (2 * heads + 2 * kv) + layers * rows * length * heads * 4
     assert classes(small(remat="none"), platform="cpu")[0]["activations"] > 2 * kept
+
+
+def test_what_is_offloaded_lies_with_the_host():
+    """All that `attention` keeps beside the residual streams."""
+    kept = planned(small(remat="attention"), platform="cuda")[0]
+    away = planned(small(remat="offload"), platform="cuda")[0]
+    full = planned(small(remat="full"), platform="cuda")[0]
+    assert full.host == kept.host == 0
+    assert away.classes["activations"] == full.classes["activations"]
+    assert away.host == kept.classes["activations"] - full.classes["activations"] > 0
 
 
 def test_microbatches_divide_activations():
