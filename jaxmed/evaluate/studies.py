@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxmed.data.embeddings import npz_name
+from jaxmed.data.placeholders import question_text
 from jaxmed.data.records import Record
 from jaxmed.errors import UserError
 
@@ -171,8 +172,9 @@ def pair(written: list[Written], records: list[Record], path: str) -> tuple[list
     for element in written:
         record = next(queues[element.id])
         studies.append(_pair_one(element, record, path))
-        asked = [turn.value.strip() for turn in record.turns[::2]]
-        reworded += asked != [question.strip() for question in element.questions]
+        # whether a question names its image's place is the template's matter
+        asked = [question_text(turn.value).strip() for turn in record.turns[::2]]
+        reworded += asked != [question_text(question).strip() for question in element.questions]
     notices = []
     missing = sum(count for name, count in theirs.items() if name not in ours)
     if missing:

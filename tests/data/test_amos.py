@@ -1,14 +1,16 @@
 """AMOS-MM: regions and questions as records, bad entries by name, the submission."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
 
 from jaxmed.data.amos import submission
 from jaxmed.data.captions import Prompts
-from jaxmed.data.records import Reading, known_records, load_records
+from jaxmed.data.records import Reading, Turn, known_records, load_records
 from jaxmed.errors import BadRecords, UserError
+from jaxmed.evaluate.studies import pair, read_answers
 
 PLAIN = Reading(placeholders=True, prompts=Prompts(("Whole?",), ("about {region}?", "and the {region}?")))
 
@@ -147,6 +149,22 @@ def test_a_letter_that_stands_twice_in_the_file_is_seen(tmp_path):
     path.write_text(text.replace('"image"', '"image": "x.nii.gz", "image"'))
     _, problems = load_records(str(path), PLAIN)
     assert len(problems) == 1 and "'image' twice" in problems[0].what
+
+
+def test_answers_are_paired_with_records_that_are_read_for_another_template(tmp_path):
+    records, _ = load_records(f"{write(tmp_path, training=GOOD)}:vqa", PLAIN)
+    entries = [
+        {"image": r.images[0], "conversations_out": [{"id": r.id, "question": r.turns[0].value, "answer": "A"}]}
+        for r in records
+    ]
+    (tmp_path / "x_vqa.json").write_text(json.dumps(entries))
+    written = read_answers(str(tmp_path / "x_vqa.json"))
+    again, _ = load_records(f"{tmp_path}/dataset.json:vqa", Reading("prepend"))
+    assert again[0].turns[0].value.startswith("<image>")
+    studies, notices = pair(written, again, "x")
+    assert notices == [] and [study.references for study in studies] == [("B",), ("D",), ("C",)]
+    again[1] = dataclasses.replace(again[1], turns=(Turn("human", "<image>\n Else?"), again[1].turns[1]))
+    assert "1 studies were asked other questions" in pair(written, again, "x")[1][0]
 
 
 SKELETON = {"validation": GOOD, "note": "x"}
