@@ -113,6 +113,10 @@ class OptimConfig:
     """Peak learning rate."""
     projector_learning_rate: float = 0.0
     """Learning rate of the projector; 0: the same as `learning_rate`."""
+    tower_learning_rate: float = 0.0
+    """Learning rate of the image tower, where it is trained; 0: the same as `learning_rate`."""
+    embed_learning_rate: float = 0.0
+    """Learning rate of token embeddings and head, where they are trained; 0: the same as `learning_rate`."""
     weight_decay: float = 0.0
     """Decoupled decay of everything but biases and norms."""
     b1: float = 0.9
@@ -133,7 +137,8 @@ class OptimConfig:
     """Global norm to which gradients are clipped (0: off)."""
 
     def __post_init__(self):
-        for name in ("learning_rate", "projector_learning_rate", "weight_decay", "eps"):
+        rates = ("learning_rate", "projector_learning_rate", "tower_learning_rate", "embed_learning_rate")
+        for name in (*rates, "weight_decay", "eps"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"optim.{name} is {value}; it must be a number and not negative")
         for name in ("b1", "b2"):
@@ -157,6 +162,11 @@ class TrainConfig:
     but the tower."""
     train_embed_tokens: bool = False
     """Train the whole embedding table too (BTB3D's released checkpoints did)."""
+    train_added_rows: bool = True
+    """Train the embeddings of added tokens with the adapter; otherwise they stay at the mean of the base's."""
+    keep_embed_tokens: bool = True
+    """Start from the embedding table that the run in `model.adapter` trained; M3D's second stage loses what its first one
+    learnt of it (`--upstream-exact stage1_embeddings`)."""
     train_head: bool = False
     """Train the whole output projection too."""
     train_tower: bool = False
@@ -187,6 +197,8 @@ class TrainConfig:
         for name in ("save_every", "log_every", "loss_chunk", "attention_chunk"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
         require(self.steps > 0 or self.epochs > 0, "train.steps and train.epochs are both 0; set one of them")
+        own = self.keep_embed_tokens or self.train_embed_tokens
+        require(own, "train.keep_embed_tokens is false: set train.train_embed_tokens too, so that the run holds its own table")
 
 
 @dataclass(frozen=True)

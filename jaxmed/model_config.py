@@ -148,7 +148,6 @@ class TowerConfig:
             return
         for name in ("channels", "width", "layers", "heads", "mlp"):
             require(getattr(self, name) > 0, f"tower.{name} is {getattr(self, name)}; it must be at least 1")
-        require(self.width % self.heads == 0, f"tower.width {self.width} is no multiple of tower.heads {self.heads}")
         same = len(self.image) == len(self.patch) and len(self.image) in (2, 3)
         require(same, f"tower.image {self.image} and tower.patch {self.patch} must both have two entries, or both three")
         fits = all(0 < p <= i for i, p in zip(self.image, self.patch, strict=True))
@@ -161,6 +160,10 @@ class TowerConfig:
         require(have, f"tower.select_feature is {self.select_feature}, but the tower has no class token")
         last = not self.final_norm or self.select_layer == -1
         require(last, "tower.final_norm: only the last block's output is normalised; set it to false with this select_layer")
+
+    def check_heads(self) -> None:
+        """Not before it is used: a flag may give the heads, and a folder the width."""
+        require(self.width % self.heads == 0, f"tower.width {self.width} is no multiple of tower.heads {self.heads}")
 
     @property
     def reads(self) -> Literal["volumes", "slices", "pixels"]:

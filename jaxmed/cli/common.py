@@ -137,6 +137,11 @@ def settings(pairs: tuple[str, ...]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+SET_NAMES = {"vision.heads": "model.tower.heads", "slice_encoder.heads": "model.tower.heads"}
+SET_NAMES |= {"aggregator.heads": "model.aggregator.heads", "text.heads": "contrastive.text.heads"}
+"""What --set calls fields otherwise than the config does"""
+
+
 def long_forms(argv: list[str]) -> list[str]:
     """The flags that all commands share, as names of fields, for commands that take a config."""
     flags: list[str] = []
@@ -148,7 +153,8 @@ def long_forms(argv: list[str]) -> list[str]:
         elif name == "--set":
             pair = value if equals else next(rest, "at the end of the line")
             settings((pair,))
-            flags.append(f"--{pair}")
+            key, _, given = pair.partition("=")
+            flags.append(f"--{SET_NAMES.get(key, key)}={given}")
         else:
             flags.append(argument)
     return flags

@@ -283,13 +283,15 @@ def _changes(before: Experiment, after: Experiment) -> list[str]:
     changed = [name for name in new if old[name] != new[name]]
     base, folder = os.path.join(after.model.base, "config.json"), after.model.adapter or after.model.base
     lines, rest = [], []
-    for part in ("decoder", "tower"):
+    tower = after.model.tower_folder if _tower_apart(after) else folder
+    for part, source in {"decoder": base, "tower": tower}.items():
         fields = [name for name in changed if name.startswith(f"model.{part}.")]
-        lines += [f"{part}: {len(fields)} fields from {base if part == 'decoder' else folder}"] if fields else []
+        lines += [f"{part}: {len(fields)} fields from {source}"] if fields else []
     for name in changed:
         if not name.startswith(("model.decoder.", "model.tower.")):
             rest.append(f"{name} {new[name]} (the config says {old[name]!r})")
-    return [*lines, f"from {folder}: {', '.join(rest)}"] if rest else lines
+    folders = " and ".join(dict.fromkeys(filter(None, (folder, tower if lines else ""))))
+    return [*lines, f"from {folders}: {', '.join(rest)}"] if rest else lines
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ import os
 
 from jaxmed.checkpoint.adapter import run_experiment
 from jaxmed.checkpoint.encoder_folders import open_encoder
-from jaxmed.checkpoint.folder_kinds import detect
+from jaxmed.checkpoint.folder_kinds import detect, is_own
 from jaxmed.checkpoint.hf_io import read_json
 from jaxmed.checkpoint.tower_config import text_encoder_config
 from jaxmed.config import Experiment, TextEncoderConfig, TowerConfig, VisualConfig
@@ -88,15 +88,21 @@ def check_pairs(experiment: Experiment) -> None:
             "no tokenizer: give --contrastive.text-folder, a BERT model's folder, or --model.tokenizer, one with vocab.txt or "
             "tokenizer.json, to start from random weights"
         )
-    if not experiment.data.volumes:
-        raise UserError("no volumes: give --data.volumes, the folder of the volumes")
 
 
-def with_pretrained_tower(experiment: Experiment) -> Experiment:
-    """A model's experiment whose tower comes from a run of contrastive pretraining: the run says the tower's sizes, and how
-    volumes are prepared for it."""
-    found, own = open_encoder(experiment.model.tower_folder, {}), experiment.model.tower
-    tower = dataclasses.replace(found.tower, select_feature=own.select_feature)
-    visual = _seen_by(tower, found.visual)
-    visual = dataclasses.replace(visual, images=experiment.visual.images, positions=experiment.visual.positions)
+def with_pretrained_tower(experiment: Experiment, given: frozenset[str]) -> Experiment:
+    """A model's experiment whose tower comes from a folder of its own: that says the tower's sizes, and a run of contrastive
+    pretraining also how volumes are prepared for it. `given`: fields that the command line sets."""
+    folder, own = experiment.model.tower_folder, experiment.model.tower
+    found = open_encoder(folder, {"vision.heads": own.heads} if "model.tower.heads" in given else {})
+    if found.tower.kind != own.kind:
+        raise UserError(
+            f"{folder}: its tower is of kind {found.tower.kind}, the config's of kind {own.kind}; give another folder"
+        )
+    tower = dataclasses.replace(
+        found.tower, select_layer=own.select_layer, select_feature=own.select_feature, final_norm=own.final_norm
+    )
+    asked = experiment.visual
+    prepare = found.visual.prepare if is_own(folder) else asked.prepare
+    visual = dataclasses.replace(_seen_by(tower, found.visual), images=asked.images, positions=asked.positions, prepare=prepare)
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, tower=tower), visual=visual)

@@ -39,6 +39,7 @@ def block_config(config: TowerConfig) -> BlockConfig:
 
 class Vit(nnx.Module):
     def __init__(self, config: TowerConfig, key: jax.Array):
+        config.check_heads()
         key_patch, key_positions, key_blocks = jax.random.split(key, 3)
         axes, std = ("tower", None), _INITIAL_STD
         self.patch = Linear(config.width, config.patch_features, axes, key_patch, std=std, bias=config.patch_bias)

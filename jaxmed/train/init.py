@@ -27,6 +27,7 @@ from jaxmed.train.step import is_trainable
 from jaxmed.types import TrainState
 
 Leaves = dict[Path, Any]
+EMBEDDINGS = ("decoder", "embed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,13 @@ def start(plan: Blueprint) -> tuple[Any, Any]:
     halves = ({p: x for p, x in values.items() if (p in trainable) == wanted} for wanted in (True, False))
     trained, frozen = (unflatten(half) for half in halves)
     return trained, frozen
+
+
+def embeddings_of_base(plan: Blueprint) -> Leaves:
+    """The trained token embeddings as they were before the run in `model.adapter`."""
+    model = dataclasses.replace(plan.experiment.model, adapter="", tower_source="random")  # no tower is asked for
+    leaves = {path: leaf for path, leaf in flatten(plan.trainable).items() if path[:2] == EMBEDDINGS}
+    return materialise(dataclasses.replace(plan.experiment, model=model), leaves, complete=False)
 
 
 def frozen_half(plan: Blueprint) -> Any:

@@ -28,7 +28,17 @@ from jaxmed.train.diagnose import explain_poison
 from jaxmed.train.flops import peak_flops
 from jaxmed.train.folder import Skipped, open_run
 from jaxmed.train.hosts import check_hosts
-from jaxmed.train.init import Blueprint, abstract_state, blueprint, first_state, frozen_half, start
+from jaxmed.train.init import (
+    Blueprint,
+    abstract_state,
+    blueprint,
+    embeddings_of_base,
+    first_state,
+    flatten,
+    frozen_half,
+    start,
+    unflatten,
+)
 from jaxmed.train.optim import make_optimizer, schedule
 from jaxmed.train.sources import Sources, open_data
 from jaxmed.train.statistics import token_statistics
@@ -120,6 +130,8 @@ def going_on(model: Blueprint, sources: Sources, state: TrainState, meta: dict[s
 def fresh(model: Blueprint, sources: Sources) -> tuple[TrainState, Any]:
     """State and frozen half before the first step."""
     trainable, frozen = start(model)
+    if model.experiment.model.adapter and not model.experiment.train.keep_embed_tokens:
+        trainable = unflatten(flatten(trainable) | embeddings_of_base(model))
     if model.experiment.visual.norm and not model.experiment.model.adapter:
         say("computing the statistics of the visual input")
         for name, values in zip(("norm_mean", "norm_sd"), token_statistics(sources.train), strict=True):

@@ -4,7 +4,7 @@ Sources: torch.optim.AdamW; huggingface/transformers, src/transformers/optimizat
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -37,12 +37,20 @@ def schedule(optim: OptimConfig, peak: float, steps: int) -> Callable[[Any], jax
     return rate
 
 
-def label(path: Path) -> str:
-    """The optimizer group of a parameter: {projector, other} x {decay, no_decay}, or `fixed`."""
+def own_rates(optim: OptimConfig) -> dict[str, float]:
+    """Peak learning rate of each part of the model that has a group of its own."""
+    given = {"tower": optim.tower_learning_rate, "embed": optim.embed_learning_rate}
+    base = optim.learning_rate
+    return {"projector": optim.projector_learning_rate or base} | {part: rate for part, rate in given.items() if rate}
+
+
+def label(path: Path, parts: Collection[str]) -> str:
+    """The optimizer group of a parameter: {part, other} x {decay, no_decay}, or `fixed`."""
     if path[-1] in FIXED:
         return "fixed"
-    part = "projector" if path[0] == "projector" else "other"
-    return f"{part}_{'no_decay' if path[-1] in NO_DECAY else 'decay'}"
+    embeds = path[:2] in (("decoder", "embed"), ("decoder", "head"))
+    part = "embed" if embeds else path[0]
+    return f"{part if part in parts else 'other'}_{'no_decay' if path[-1] in NO_DECAY else 'decay'}"
 
 
 def tree_paths(tree: Any) -> Any:
@@ -52,19 +60,15 @@ def tree_paths(tree: Any) -> Any:
 
 def make_optimizer(optim: OptimConfig, steps: int, trainable: Any) -> optax.GradientTransformation:
     """For a nested dict of trainable arrays (or their shapes). Moments are float32."""
-    labels = jax.tree.map(label, tree_paths(trainable), is_leaf=lambda x: isinstance(x, tuple))
-    projector_rate = optim.projector_learning_rate or optim.learning_rate
+    rates = own_rates(optim) | {"other": optim.learning_rate}
+    labels = jax.tree.map(lambda path: label(path, rates), tree_paths(trainable), is_leaf=lambda x: isinstance(x, tuple))
 
     def adamw(peak: float, decay: float) -> optax.GradientTransformation:
         return optax.adamw(schedule(optim, peak, steps), b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=decay)
 
-    groups = {
-        "other_decay": adamw(optim.learning_rate, optim.weight_decay),
-        "other_no_decay": adamw(optim.learning_rate, 0.0),
-        "projector_decay": adamw(projector_rate, optim.weight_decay),
-        "projector_no_decay": adamw(projector_rate, 0.0),
-        "fixed": optax.set_to_zero(),
-    }
+    groups = {"fixed": optax.set_to_zero()}
+    for part, peak in rates.items():
+        groups |= {f"{part}_decay": adamw(peak, optim.weight_decay), f"{part}_no_decay": adamw(peak, 0.0)}
     return optax.multi_transform(groups, labels)
 
 

@@ -16,6 +16,10 @@ SHAPES = {
     ("projector", "layers", 0, "bias"): (5,),
     ("decoder", "blocks", "q", "lora_a"): (2, 3, 7),
     ("decoder", "norm", "scale"): (7,),
+    ("decoder", "embed", "table"): (9, 5),
+    ("decoder", "head", "weight"): (9, 5),
+    ("tower", "patch", "weight"): (4, 6),
+    ("tower", "patch", "bias"): (4,),
 }
 
 
@@ -29,6 +33,12 @@ def nested(values: dict) -> dict:
     return tree
 
 
+def rate_of(path: tuple, optim: OptimConfig) -> float:
+    own = {"projector": optim.projector_learning_rate, "tower": optim.tower_learning_rate}
+    embeds = path[1] in ("embed", "head")
+    return (optim.embed_learning_rate if embeds else own.get(path[0], 0.0)) or optim.learning_rate
+
+
 def theirs(optim: OptimConfig, params: dict, grads: list[dict]) -> dict:
     """torch and transformers, as Hugging Face's trainer puts them together."""
     tensors = {path: torch.nn.Parameter(torch.from_numpy(x.copy())) for path, x in params.items()}
@@ -36,7 +46,7 @@ def theirs(optim: OptimConfig, params: dict, grads: list[dict]) -> dict:
         {
             "params": [tensor],
             "weight_decay": 0.0 if path[-1] in ("bias", "scale") else optim.weight_decay,
-            "lr": optim.projector_learning_rate if path[0] == "projector" else optim.learning_rate,
+            "lr": rate_of(path, optim),
         }
         for path, tensor in tensors.items()
     ]
@@ -59,11 +69,15 @@ def theirs(optim: OptimConfig, params: dict, grads: list[dict]) -> dict:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize(("warmup", "max_norm"), [(0.0, 0.0), (0.13, 0.0), (0.13, 1.7)])
-def test_twenty_updates(schedule: str, warmup: float, max_norm: float) -> None:
+@pytest.mark.parametrize(
+    ("warmup", "max_norm", "tower", "embed"), [(0.0, 0.0, 0.0, 0.0), (0.13, 0.0, 2e-3, 0.0), (0.13, 1.7, 2e-3, 9e-3)]
+)
+def test_twenty_updates(schedule: str, warmup: float, max_norm: float, tower: float, embed: float) -> None:
     optim = OptimConfig(
         learning_rate=3e-3,
         projector_learning_rate=7e-3,
+        tower_learning_rate=tower,
+        embed_learning_rate=embed,
         weight_decay=0.3,
         b1=0.87,
         b2=0.96,
