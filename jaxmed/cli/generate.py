@@ -173,9 +173,10 @@ def _run(args: Args, defects: frozenset[str], preemption: Preemption) -> int:
     bad = {problem.where for problem in problems}
     kept = [record for record in usable if where(record) not in bad]
     written = finish(journal, kept, partial(_calibrated, args, kept))
+    _report(args, problems, written is not None)
     if written is not None and args.submission:
         write_submission(args.submission, args.records, [*args.submission_with, args.out], records)
-    _report(args, problems, written is not None)
+        print(args.submission)
     return 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jaxmed.data.amos import is_question, submission
 from jaxmed.data.record_files import parse
 from jaxmed.data.records import Record
-from jaxmed.errors import UserError
+from jaxmed.errors import BadRecords, Problem, UserError
 from jaxmed.evaluate.vqa import parse as letter_of
 from jaxmed.generate.journal import write_json
 
@@ -32,18 +32,27 @@ def write_submission(out: str, records: str, results: Sequence[str], known: Sequ
 
 
 def _predictions(path: str, options: dict[str, dict[str, str]]) -> dict[str, str]:
-    """By the records' names: a report's text, or the letter of a question ("" where an answer names none)."""
+    """By the records' names: a report's text, or the letter of a question. BadRecords lists answers that name none."""
     try:
         with open(path, encoding="utf-8") as file:
-            answers = [study["conversations_out"][-1] for study in json.load(file)]
-        return {str(answer["id"]): _prediction(answer, options.get(str(answer["id"]), {})) for answer in answers}
+            answers = {str(study["conversations_out"][-1]["id"]): study["conversations_out"][-1] for study in json.load(file)}
+        found = {name: _prediction(name, answer, options.get(name, {})) for name, answer in answers.items()}
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path}: is no result of `jaxmed generate` ({error})") from error
+    lost = [name for name, text in found.items() if is_question(name) and not text]
+    if lost:
+        raise BadRecords([Problem(f"{path}: {name}", _nameless(answers[name], options.get(name, {}))) for name in lost])
+    return found
 
 
-def _prediction(answer: dict[str, str], options: dict[str, str]) -> str:
-    if not is_question(str(answer["id"])):
+def _prediction(name: str, answer: dict[str, str], options: dict[str, str]) -> str:
+    if not is_question(name):
         return answer["answer"]
     if "prediction" in answer:
         return answer["prediction"]
     return letter_of(answer["answer"], options) if options else answer["answer"].strip()[:1]
+
+
+def _nameless(answer: dict[str, str], options: dict[str, str]) -> str:
+    names = ", ".join(options)
+    return f"the answer {answer['answer']!r} names none of its options {names}; --answers likelihood always chooses one"

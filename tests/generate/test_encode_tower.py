@@ -1,5 +1,6 @@
 """Token files of a 3-D tower: training from them equals training from volumes, resuming, problems, the command."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +9,20 @@ import jax
 import nibabel
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxmed import api
 from jaxmed.checkpoint.encoder_folders import open_encoder
 from jaxmed.cli import encode as command
+from jaxmed.cli import train
+from jaxmed.cli.common import load_experiment
+from jaxmed.cli.configured import configured
+from jaxmed.cli.validate import resolve
 from jaxmed.config import MeshConfig
 from jaxmed.data.embeddings import read_header
 from jaxmed.errors import BadRecords, UserError
 from jaxmed.generate import encode_tower
-from jaxmed.generate.tower import Tower, of_encoder
+from jaxmed.generate.tower import Tower, check_signature, of_encoder
 from jaxmed.sharding import make_mesh
 
 VIT3D = Path(__file__).parents[1] / "golden" / "vit3d"
@@ -152,3 +158,62 @@ def test_the_command(tmp_path, capsys):
         command.run(["btb3d", *flags[:4], "--tower", CLIP, "--store", "float16"])
     with pytest.raises(UserError, match="has no image tower"):
         command.run([str(VIT3D / "base"), *flags[:4]])
+
+
+CONFIG = """
+from jaxmed.config import (DataConfig, Experiment, LoraConfig, ModelConfig, OptimConfig, ProjectorConfig, TowerConfig,
+                           TrainConfig, VisualConfig)
+from jaxmed.models.presets import TINY
+
+def get_config():
+    tower = TowerConfig("vit3d", (8, 24, 21), (4, 6, 7), 1, 30, 2, 5, 41, 1e-5, "gelu", class_position=False, pre_norm=False,
+                        final_norm=True, patch_bias=True, qkv_bias=False, select_layer=-1)
+    return Experiment(
+        model=ModelConfig(decoder=TINY, tower=tower, projector=ProjectorConfig("spp"), dtype="float32"),
+        visual=VisualConfig("volumes", tokens=24, features=30, grid=(2, 4, 3), volume=(8, 24, 21)),
+        lora=LoraConfig(rank=0), optim=OptimConfig(learning_rate=1e-3),
+        train=TrainConfig(trainable="all", steps=2, remat="none"),
+        data=DataConfig(batch=8, buckets=(64,), supervised=32, template="m3d", max_length=64),
+    )
+"""
+
+
+def test_a_run_goes_on_from_tokens_to_volumes(tmp_path):
+    """The flags that the command prints; what the run records; and what goes on from it."""
+    (tmp_path / "c.py").write_text(CONFIG)
+    config, out = str(tmp_path / "c.py"), str(tmp_path / "t")
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "Finding, no effusion."}]
+    records = [{"id": f"{i}", "image": names()[i % 4], "conversations": turns} for i in range(8)]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    assert command.run([config, "--volumes", str(VOLUMES), "--out", out, "--tower", CLIP]) == 0
+    common = [config, "--data.records", str(tmp_path / "r.json"), "--model.tokenizer", LAMED, "--train.log-every", "1"]
+    volumes = ["--model.tower-folder", CLIP, "--data.volumes", str(VOLUMES)]
+    assert train.run([*common, *volumes, "--out", str(tmp_path / "v")]) == 0
+    assert train.run([*common, "--visual.kind", "embeddings", "--data.embeddings", out, "--out", str(tmp_path / "e")]) == 0
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open()] for run in ("v", "e")]
+    assert len(losses[0]) == 2
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+    given = load_experiment(config)
+    given = replace(given, model=replace(given.model, adapter=str(tmp_path / "e"), tower_folder=CLIP))
+    given = replace(given, data=replace(given.data, records=str(tmp_path / "r.json")))
+    on, _ = resolve(given, ())
+    assert on.has_tower and on.visual.kind == "volumes" and on.visual.encoder == ""
+    tokens = replace(given, visual=replace(given.visual, kind="embeddings"))
+    on, _ = resolve(tokens, ("visual.kind",))
+    assert not on.has_tower and on.visual.encoder.startswith("vit3d-")
+    with pytest.raises(UserError, match=r"train\.train_tower: visual\.kind is embeddings"):
+        resolve(replace(tokens, train=replace(tokens.train, train_tower=True)), ("visual.kind",))
+
+    other = tmp_path / "other"
+    shutil.copytree(CLIP, other)
+    tensors = load_file(str(other / "model.safetensors"))
+    save_file(tensors | {"vision_encoder.norm.bias": tensors["vision_encoder.norm.bias"] + 0.125}, other / "model.safetensors")
+    for folder, agrees in ((CLIP, True), (str(other), False)):
+        found = configured(str(tmp_path / "e"), "", folder, {}, [], "encode").experiment
+        tower = Tower(found, "float32", devices=jax.devices()[:1])
+        if agrees:
+            check_signature(tower, found, "run")
+            continue
+        with pytest.raises(UserError, match=r"run: was trained on tokens of vit3d-.*, this tower is vit3d-"):
+            check_signature(tower, found, "run")
