@@ -180,7 +180,14 @@ def score_table(title: str, *columns: str) -> Table:
 def _print_texts(scores: scored.Scores) -> None:
     control = scores.control
     more = ("wrong\nimages", "drop", "95% interval") if control else ()
-    table = score_table(f"{scores.units:,} studies", "score", "corpus", "95% interval", "always the\ncommonest", *more)
+    table = score_table(
+        f"{scores.units:,} stud{'y' if scores.units == 1 else 'ies'}",
+        "score",
+        "corpus",
+        "95% interval",
+        "always the\ncommonest",
+        *more,
+    )
     for name, value in scores.corpus.items():
         low, high = scores.intervals[name]
         row = [evaluation.LABELS[name], f"{value:.3f}", f"{low:.2f} to {high:.2f}", f"{scores.always_commonest[name]:.3f}"]

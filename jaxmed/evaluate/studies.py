@@ -35,7 +35,7 @@ class Study:
     """Of the body, where the record is one region's report"""
     question_type: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
-    """Letter -> text, for multiple choice"""
+    """Letter -> text, for multiple choice; empty for a question that was asked without them"""
     letter: str = ""
     """The right one"""
     likelihoods: "tuple[Likelihood, ...]" = ()
@@ -44,7 +44,7 @@ class Study:
     @property
     def unit(self) -> str:
         """What is resampled: the volume, where the record is one of several parts of what is asked about it; "": itself."""
-        return self.image if self.region or self.options else ""
+        return self.image if self.region or self.options or self.question_type else ""
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,16 @@ def _pair_one(written: Written, record: Record, path: str) -> Study:
         texts,
         region=record.region,
         question_type=record.question_type,
-        options=record.options,
+        options=record.options if _names_choices(record) or written.likelihoods else {},
         letter=record.answer,
         likelihoods=written.likelihoods[:scored],
     )
+
+
+def _names_choices(record: Record) -> bool:
+    """Whether a question with options shows them: asked openly, its answer is a text like any other."""
+    right = f"{record.answer}. {record.options.get(record.answer, '')}".lower()
+    return bool(record.options) and any(right in turn.value.lower() for turn in record.turns[::2])
 
 
 def _check_ids(ours: Counter[str], theirs: Counter[str], path: str) -> None:

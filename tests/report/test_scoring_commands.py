@@ -181,3 +181,19 @@ def test_probabilities_that_are_none_are_told(files):
     write(files / "x_vqa.json", [(0, "qa0", "B", {"prediction": "B", "probabilities": {"A": 0.9, "B": 0.9}})])
     with pytest.raises(UserError, match=r"element 0: its probabilities must be shares"):
         run(["x_vqa.json", "--records", "dataset.json:validation:vqa", "--out", "out"])
+
+
+def test_questions_asked_openly_are_scored_as_texts_by_type(files):
+    head = "Image Path,Text,Question Type,Question,Choice A,Choice B,Choice C,Choice D,Answer,Answer Choice\n"
+    rows = [f"v/{i}.npy,t,{1 + i % 2},Which?,Left,Right,NA,None,{('Left', 'Right')[i % 2]},{'AB'[i % 2]}\n" for i in range(4)]
+    (files / "m3d.csv").write_text(head + "".join(rows))
+    for name, said in (("closed", "A. Left"), ("open", "left")):
+        turns = [{"id": str(i), "question": "?", "answer": said} for i in range(4)]
+        elements = [{"image": f"v/{i}.npy", "conversations_out": [turn]} for i, turn in enumerate(turns)]
+        (files / f"{name}_vqa.json").write_text(json.dumps(elements))
+        flags = [f"{name}_vqa.json", "--records", f"m3d.csv:{name}", "--out", name, "--resamples", "20"]
+        assert run(flags) == 0
+    assert content(files / "closed")["closed"]["scores"]["accuracy"] == 0.5
+    groups = content(files / "open")["question_types"]["groups"]
+    assert "closed" not in content(files / "open") and "accuracy" not in groups["1"]["scores"]
+    assert (groups["1"]["scores"]["rouge_l"], groups["2"]["scores"]["rouge_l"]) == (1, 0)
