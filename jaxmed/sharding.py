@@ -51,11 +51,13 @@ class Rules:
         return PartitionSpec(*(entry or None for entry in entries))
 
     def summed_once(self, x: jax.Array, axis: str, *axes: str | None) -> jax.Array:
-        """x, laid out by `axes`, for several products whose outputs are split along `axis`: their gradients of x are added up
-        before they are summed over that axis's shards, not one by one."""
+        """x, laid out by `axes`, for several products whose other operands are split along `axis`: their gradients of x are
+        added up before they are summed over that axis's shards, not one by one."""
         sizes = jax.sharding.get_abstract_mesh().shape
-        over = {a for a in getattr(self, axis) if sizes[a] > 1}
-        return jax.sharding.reshard(x, self.spec(*axes).update(reduced=over)) if over else x
+        over = getattr(self, axis)
+        if all(sizes[a] == 1 for a in over):
+            return x
+        return jax.sharding.reshard(x, self.spec(*axes).update(reduced=set(over)))
 
     def sharding(self, mesh: Mesh, *axes: str | None) -> NamedSharding:
         return NamedSharding(mesh, self.spec(*axes))

@@ -22,7 +22,8 @@ def token_losses(model: Vlm, batch: Batch, rules: Rules, draws: Draws | None, ch
     hidden = model(batch, rules, draws)
     picked = pick_positions(hidden, batch.supervised, rules)
     valid = batch.supervised >= 0
-    table = model.decoder.head_table(rules)
+    # a trained head's gradient is summed over the rows' shards after the last chunk, not in every one
+    table = rules.summed_once(model.decoder.head_table(rules), "batch", "vocab", None)
     rows, places = batch.supervised.shape
     size = chunk_length(places, chunk)
     pad = -places % size
