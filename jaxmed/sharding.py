@@ -85,7 +85,8 @@ def laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     Slices of TPUs, which only the data-centre network joins, lie outermost. A mesh axis takes whole sides of a slice's torus if
     it can, else a part of one.
     """
-    slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+    # devices of one slice alone may not say which it is
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     outer = across_slices(shape, slices)
     if outer is None:
         raise UserError(

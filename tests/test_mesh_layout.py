@@ -63,6 +63,15 @@ def test_every_shape_can_be_laid_on_a_torus(sides):
         assert sorted(d.id for d in laid_out(shape, devices).flat) == [d.id for d in devices], shape
 
 
+def test_devices_of_one_slice_need_not_say_so():
+    class Silent:
+        def __init__(self, chip):
+            self.id, self.coords, self.core_on_chip = chip.id, chip.coords, chip.core_on_chip
+            self.platform, self.device_kind, self.process_index = chip.platform, chip.device_kind, chip.process_index
+
+    assert laid_out((2, 2, 1, 2), [Silent(c) for c in chips((2, 4, 1))]).shape == (2, 2, 1, 2)
+
+
 def test_axes_take_whole_sides_where_they_can():
     """Each of four fsdp groups of a 4 x 4 torus is one of its lines, so its ring has no crossing."""
     for group in laid_out((1, 4, 4, 1), chips((4, 4, 1)))[0].transpose(1, 0, 2).reshape(4, 4):
