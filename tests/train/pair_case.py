@@ -36,7 +36,7 @@ EXPERIMENT = Experiment(
     visual=VisualConfig("volumes", tokens=TOWER.tokens, features=24, grid=TOWER.grid, volume=TOWER.image),
     lora=LoraConfig(rank=0),
     optim=OptimConfig(learning_rate=3e-3, weight_decay=0.1, max_grad_norm=0.5),
-    train=TrainConfig(steps=3, remat="full", trainable="all", train_tower=True),
+    train=TrainConfig(steps=3, remat="none", trainable="all", train_tower=True),
     data=DataConfig(batch=ROWS, max_length=LENGTH),
     task="contrastive",
     contrastive=ContrastiveConfig(text=TEXT, features=FEATURES, dropout=0.15),

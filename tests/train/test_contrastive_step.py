@@ -34,9 +34,7 @@ def whole():
     return step(changed(), ONE, arrays())
 
 
-@pytest.mark.parametrize(
-    ("shape", "pieces"), [(ONE, 4), ((2, 2, 1, 1), 1), ((2, 2, 1, 2), 4), ((8, 1, 1, 1), 2), ((1, 8, 1, 1), 1)], ids=str
-)
+@pytest.mark.parametrize(("shape", "pieces"), [(ONE, 4), ((2, 2, 1, 1), 1), ((2, 2, 1, 2), 4), ((1, 8, 1, 1), 1)], ids=str)
 def test_same_loss_and_gradients(whole, shape, pieces):
     close(step(changed(pieces), shape, arrays()), whole)
 
