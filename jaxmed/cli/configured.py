@@ -89,4 +89,7 @@ def _of_folder(name: str, base: str, tower: str, overrides: dict[str, str]) -> C
         return Configured(name, towers.of_encoder(name, overrides), encoder_alone=True)
     if not (base or tower or overrides) and towers.holds_its_tower(name):
         return Configured(name, towers.of_run(name))
+    if towers.reads_tower_tokens(name):
+        experiment = towers.of_run(name)
+        return Configured(name, replace(experiment, model=replace(experiment.model, tower_folder=tower)))
     return Configured(name, api.resolve(name, base, "float32", overrides, tower))

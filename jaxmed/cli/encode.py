@@ -137,14 +137,15 @@ def _tower(args: Args, found: Configured) -> int:
     _refuse(args, ("encoder", "encoder_config", "codes", "continuous"), f"BTB3D's encoder; {args.config} has an image tower")
     # JAX takes a second to import, and the Haar encoder does without.
     from jaxmed.generate import encode_tower
-    from jaxmed.generate.tower import Tower, check_weights
+    from jaxmed.generate.tower import Tower, check_signature, check_weights
 
     found = found.with_hounsfield(args.metadata, args.hu)
     experiment = dataclasses.replace(found.experiment, visual=found.tower_visual)
-    check_weights(experiment, args.config)
+    check_weights(found.experiment, args.config)
     encode_tower.check(experiment.model.tower, experiment.visual, args.config)
     encode_tower.names_below(args.volumes)  # a wrong folder is better said before the weights are read
     tower = Tower(experiment, args.dtype, args.batch)
+    check_signature(tower, experiment, args.config)
     common.notice(encode_tower.describe(tower, args.store))
     summary = encode_tower.encode_folder(args.volumes, args.out, tower, args.store, args.on_bad_record, args.processes)
     report(summary, args.out, "preparation")

@@ -142,10 +142,11 @@ def _runs_tower(args: Args, found: Configured) -> bool:
 
 def _tower(args: Args, found: Configured) -> "Tower":
     # JAX takes a second to import, and pictures alone do without.
-    from jaxmed.generate.tower import Tower, check_weights
+    from jaxmed.generate.tower import Tower, check_signature, check_weights
 
     check_weights(found.experiment, args.config)
     tower = Tower(found.experiment, args.dtype)
+    check_signature(tower, found.experiment, args.config)
     common.notice(f"Tower {tower.name}: {tower.parameters:,} parameters")
     return tower
 

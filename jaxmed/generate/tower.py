@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxmed.checkpoint import manager
 from jaxmed.checkpoint.adapter import held_by_runs, run_experiment
 from jaxmed.checkpoint.encoder_folders import open_encoder
 from jaxmed.checkpoint.folder_kinds import detect
@@ -47,9 +48,19 @@ def holds_its_tower(folder: str) -> bool:
 
 
 def of_run(folder: str) -> Experiment:
-    """A run's config, to go on from its newest checkpoint."""
+    """A run's config, to go on from its newest checkpoint, and the encoder whose tokens it was trained on, if it was."""
     experiment = run_experiment(folder)
-    return replace(experiment, model=replace(experiment.model, adapter=folder))
+    signed = manager.read_meta(os.path.join(folder, manager.FOLDER), manager.newest(folder))["encoder"]
+    visual = replace(experiment.visual, encoder=experiment.visual.encoder or signed)
+    return replace(experiment, model=replace(experiment.model, adapter=folder), visual=visual)
+
+
+def reads_tower_tokens(folder: str) -> bool:
+    """Whether a folder is a run that was trained on the tokens of a tower, which it therefore neither holds nor names."""
+    if detect(folder) != "run":
+        return False
+    experiment = run_experiment(folder)
+    return experiment.model.tower.kind != "none" and experiment.visual.kind == "embeddings"
 
 
 def of_encoder(folder: str, overrides: Mapping[str, Any]) -> Experiment:
@@ -66,10 +77,18 @@ def check_weights(experiment: Experiment, name: str) -> None:
     model = experiment.model
     if model.tower.kind == "none":
         raise UserError(f"{name}: has no image tower (model.tower.kind is none); give a config or a folder that has one")
-    if not (model.tower_folder or model.base or model.adapter):
+    # a run that was trained on tokens does not hold the tower
+    if not (model.tower_folder or model.base or (model.adapter and experiment.has_tower)):
         raise UserError(f"{name}: says nothing of the tower's weights; give their folder with --tower")
     if model.tower_folder and not os.path.isdir(model.tower_folder):
         raise UserError(f"--tower {model.tower_folder}: no such folder")
+
+
+def check_signature(tower: "Tower", experiment: Experiment, name: str) -> None:
+    """Whether a run that was trained on a tower's tokens was trained on this tower's."""
+    encoder = experiment.visual.encoder.split(" ")[0]
+    if encoder and encoder != tower.name:
+        raise UserError(f"{name}: was trained on tokens of {encoder}, this tower is {tower.name}; give the right --tower")
 
 
 class Tower:

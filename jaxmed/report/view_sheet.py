@@ -273,7 +273,7 @@ def _legend(features: Features) -> list[tuple[str, list[str | np.ndarray]]]:
         ramp[:, number] = up
         parts += [ramp, f"{colour}: {page.share(share)}"]
     whole = page.share(sum(features.components.shares))
-    about = f"together {whole} of the variance of this volume's {len(features.components.scores):,} tokens"
+    about = f"together {whole} of the variance of its {len(features.components.scores):,} tokens"
     lines = [("Components", parts), ("", [about])]
     if features.similarity is not None:
         place = ",".join(map(str, features.place))
