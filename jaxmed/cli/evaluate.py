@@ -121,6 +121,7 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
     scores = scored.score(studies, control, kind, args.resamples, args.seed, scorers)
     parts = parting.parts(studies, scores.statistics, judged, rule, args.resamples, args.seed)
     choice_control = parting.control_of(studies, parts, control, args.resamples, args.seed) if control else None
+    beside = evaluation.Beside(parts, choice_control, encoder, args.resamples)
     try:
         out.mkdir(parents=True, exist_ok=True)
         more = parting.to_json(parts, choice_control) | ({"bertscore": encoder} if encoder else {})
@@ -131,11 +132,10 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
         facts += [("Control", f"{args.control}{f' ({kind})' if kind else ''}")] if args.control else []
         options = evaluation.PageOptions(args.volumes, args.metadata, args.hu, args.page)
         title = f"Evaluation of {Path(args.answers).name}"
-        beside = evaluation.Beside(parts, choice_control, encoder, args.resamples)
         notices += evaluation.write_page(out / "report.html", studies, scores, title, facts, notices, options, extra, beside)
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out or free space") from error
-    _print(scores, parts, notices, out)
+    _print(scores, beside, notices, out)
     return scores
 
 
@@ -158,11 +158,12 @@ def write_skipped(out: Path, problems: list[Problem]) -> None:
         (out / SKIPPED).write_text("".join(rows), encoding="utf-8")
 
 
-def _print(scores: scored.Scores, parts: parting.Parts, notices: list[str], out: Path) -> None:
+def _print(scores: scored.Scores, beside: evaluation.Beside, notices: list[str], out: Path) -> None:
+    parts = beside.parts
     if parts.closed is None or parts.figures[parting.ACCURACY].studies < len(scores.per_study):
         _print_texts(scores)
     _print_parts(parts)
-    for line in evaluation.verdicts(scores, parts=parts):
+    for line in evaluation.verdicts(scores, parts=parts, choice_control=beside.choice_control):
         rich.print(f"[bold]{line.head}[/bold]", line.text)
     for notice in notices:
         rich.print("[dim]Notice:[/dim]", rich.markup.escape(notice))

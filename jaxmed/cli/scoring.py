@@ -44,6 +44,9 @@ class ScoringArgs:
     """Questions to a server at a time"""
     judge_batch: int = 8
     """Questions that a model of a folder answers together"""
+    judge_chat: Literal["green", "folder"] = "green"
+    """What a model of a folder is asked in: the published GREEN judge's chat, its end token behind the prompt included, or the
+    folder's own template"""
     judge_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of a model of a folder"""
     judge_requests: str = ""
@@ -167,4 +170,4 @@ def _judge(args: ScoringArgs) -> judges.Judge:
     if not isinstance(model, Model):
         raise UserError(f"--judge {args.judge}: holds encoders alone; give the folder of a language model")
     name = f"{Path(args.judge).name} ({weights_fingerprint(model)[:12]})"
-    return judges.LocalJudge(model, name, args.judge_batch)
+    return judges.LocalJudge(model, name, args.judge_batch, own_chat=args.judge_chat == "folder")

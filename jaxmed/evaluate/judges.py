@@ -47,16 +47,19 @@ def prompt_key(prompt: str) -> str:
 
 
 class LocalJudge:
-    """A language model of our own `load`, greedy, in the published judge's format of a chat."""
+    """A language model of our own `load`, greedy, in the published judge's format of a chat or in the model's own."""
 
     parallel = 1
 
-    def __init__(self, model: Any, name: str, batch: int = 8, length: int = green.LENGTH):
+    def __init__(self, model: Any, name: str, batch: int = 8, length: int = green.LENGTH, own_chat: bool = False):
         """`model`: a jaxmed.api.Model of text alone. `length`: tokens of prompt and reply together."""
-        self._model, self.name, self.batch, self._length = model, name, batch, length
+        self.name = f"{name}, its own chat template" if own_chat else name
+        self._model, self.batch, self._length, self._own_chat = model, batch, length, own_chat
 
     def ids(self, prompt: str) -> np.ndarray:
-        """Ids of a prompt [T] int32, the end token last."""
+        """Ids of a prompt [T] int32; in the published format the end token comes last."""
+        if self._own_chat:
+            return self._model.prompt(None, prompt).ids[: self._length]
         tokenizer = self._model.tokenizer
         if not tokenizer.eos_ids:
             raise UserError(f"{self.name}: the judge's tokenizer names no end token; give another folder with --judge")
@@ -129,7 +132,6 @@ class EndpointJudge:
         key: str = "",
         timeout: float = 120.0,
         parallel: int = 4,
-        max_tokens: int = green.LENGTH,
         sleep: Callable[[float], None] = time.sleep,
     ):
         parts = urllib.parse.urlsplit(url)
@@ -142,7 +144,7 @@ class EndpointJudge:
         self._url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
         self.host = parts.hostname
         self.name, self.parallel = f"{model} at {parts.netloc}", parallel
-        self._model, self._key, self._timeout, self._max_tokens, self._sleep = model, key, timeout, max_tokens, sleep
+        self._model, self._key, self._timeout, self._sleep = model, key, timeout, sleep
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     @property
@@ -153,8 +155,9 @@ class EndpointJudge:
         return [self._ask(prompt) for prompt in prompts]
 
     def _ask(self, prompt: str) -> str:
+        # no bound on the reply: servers that know their context refuse one that is too large
         content = {"model": self._model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
-        body = json.dumps(content | {"max_tokens": self._max_tokens}).encode()
+        body = json.dumps(content).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         for attempt in range(1, ATTEMPTS + 1):
             try:

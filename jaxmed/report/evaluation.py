@@ -93,10 +93,14 @@ def _looking(scores: Scores, control: Control, name: str) -> Verdict:
     return Verdict("warn", "Does it look?", text + doubt)
 
 
-def verdicts(scores: Scores, name: str = "bleu_4", parts: Parts | None = None) -> list[Verdict]:
-    """Plain sentences on multiple choice, collapse and the control, by one of the scores."""
-    lines = evaluation_parts.choice_verdicts(parts) if parts else []
-    lines += [_variety(scores, name)] if scores.answers > 1 and not lines else []
+def verdicts(
+    scores: Scores, name: str = "bleu_4", parts: Parts | None = None, choice_control: ChoiceControl | None = None
+) -> list[Verdict]:
+    """Plain sentences on multiple choice, collapse and the control; of texts by one of the scores."""
+    lines = evaluation_parts.choice_verdicts(parts, choice_control) if parts else []
+    if lines:
+        return lines
+    lines = [_variety(scores, name)] if scores.answers > 1 else []
     return lines + ([_looking(scores, scores.control, name)] if scores.control else [])
 
 
@@ -142,7 +146,7 @@ def write_page(
         subtitle="Generated text against the references, as scores and study by study.",
         facts=facts,
         notices=notices + own,
-        verdicts=verdicts(scores, parts=parts),
+        verdicts=verdicts(scores, parts=parts, choice_control=beside.choice_control),
         rows=rows,
         ticks=ticks,
         control=scores.control,

@@ -110,7 +110,8 @@ def choice(found: Parts, control: Control | None) -> dict[str, Any]:
     return {"rows": rows, "rule": rule, "questions": figures[ACCURACY].studies, "control": drop, "curve": curve}
 
 
-def choice_verdicts(found: Parts) -> list[Verdict]:
+def choice_verdicts(found: Parts, control: Control | None) -> list[Verdict]:
+    """On guessing, and on what the wrong images cost."""
     if found.closed is None:
         return []
     figures = found.figures
@@ -122,7 +123,17 @@ def choice_verdicts(found: Parts) -> list[Verdict]:
         f"guessing gives {figures['chance'].value:.3f}, always the commonest letter {always.value:.3f}, which these answers "
         f"{'beat' if beaten else 'do not clearly beat'}. {page.share(lost)} of the answers name no option."
     )
-    return [Verdict("good" if beaten and lost < 0.05 else "warn", "Multiple choice.", text)]
+    lines = [Verdict("good" if beaten and lost < 0.05 else "warn", "Multiple choice.", text)]
+    if control is None:
+        return lines
+    low, high = control.interval
+    cost = (
+        f"With the wrong images accuracy goes from {accuracy.value:.3f} to {control.accuracy:.3f}: a drop of "
+        f"{control.drop:.3f}, 95% interval {low:.3f} to {high:.3f}. "
+    )
+    doubt = "The drop is not clear of zero: nothing here shows that the model looks at the image."
+    said = "The answers depend on the image." if low > 0 else doubt
+    return [*lines, Verdict("good" if low > 0 else "warn", "Does it look?", cost + said)]
 
 
 def judge_cards(found: Parts) -> list[dict[str, Any]]:

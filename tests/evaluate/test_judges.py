@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax
@@ -90,7 +91,11 @@ def test_a_server_is_asked_greedily_and_with_the_key_and_only_there(serve):
     assert judge.complete(["first", "second"]) == ["fine", "fine"] and server.prompts == ["first", "second"]
     path, headers = server.headers[0]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
-    assert server.bodies[0]["temperature"] == 0 and server.bodies[0]["model"] == "judge-7b"
+    assert (
+        server.bodies[0]["temperature"] == 0
+        and "max_tokens" not in server.bodies[0]
+        and server.bodies[0]["model"] == "judge-7b"
+    )
     assert not judge.is_remote and "secret" not in judge.name
     assert judges.EndpointJudge("https://example.org/v1", "m").is_remote
     elsewhere = endpoint(serve(lambda prompt: (302, "")))
@@ -213,3 +218,15 @@ def test_a_model_of_ours_gets_the_published_chat_with_an_end_token_behind_it():
     assert len(long) == 70 and long[-1] == end
     with pytest.raises(judges.JudgeError, match="fills the judge's 70 tokens"):
         judge.complete(["word " * 100])
+
+
+def test_another_model_is_asked_in_its_own_chat():
+    class Model:
+        @staticmethod
+        def prompt(image, text):
+            assert image is None
+            return types.SimpleNamespace(ids=np.arange(len(text), dtype=np.int32))
+
+    judge = judges.LocalJudge(Model(), "other", length=7, own_chat=True)
+    assert judge.ids("four").tolist() == [0, 1, 2, 3] and len(judge.ids("nine words")) == 7
+    assert judge.name == "other, its own chat template"

@@ -114,6 +114,11 @@ def test_multiple_choice_with_likelihoods_and_upstreams_rule(files):
     with open(files / "out" / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["named"] for row in rows] == ["B", "C", "B", "", "A", "C"] and rows[0]["confidence"] == "0.700000"
+    letters(files / "c_vqa.json", ["B", "A", "A", "A", "A", "A"])
+    assert run([*flags, "--control", "c_vqa.json", "--control-kind", "zeros"]) == 0
+    control = content(files / "out")["closed"]["control"]
+    assert control["accuracy"] == pytest.approx(1 / 6) and control["drop"] == pytest.approx(3 / 6)
+    assert "accuracy goes from 0.667 to 0.167" in (files / "out" / "report.html").read_text()
     assert run([*flags, "--upstream-exact", "vqa_substring"]) == 0
     closed = content(files / "out")["closed"]
     assert closed["rule"] == "vqa_substring" and closed["scores"]["accuracy"] == pytest.approx(1 / 6)
@@ -197,3 +202,19 @@ def test_questions_asked_openly_are_scored_as_texts_by_type(files):
     groups = content(files / "open")["question_types"]["groups"]
     assert "closed" not in content(files / "open") and "accuracy" not in groups["1"]["scores"]
     assert (groups["1"]["scores"]["rouge_l"], groups["2"]["scores"]["rouge_l"]) == (1, 0)
+
+
+def test_a_judge_on_another_machine_is_said_before_it_is_asked(files, capsys, monkeypatch):
+    reports(files / "x_vqa.json")
+    flags = ["x_vqa.json", "--records", "dataset.json:validation", "--out", "out", "--resamples", "5", "--judge-model", "m"]
+    seen = []
+
+    def complete(judge, prompts):
+        seen.append("leave this machine" in capsys.readouterr().err)
+        return [JUDGED.format(1)] * len(prompts)
+
+    monkeypatch.setattr("jaxmed.evaluate.judges.EndpointJudge.complete", complete)
+    assert run([*flags, "--judge", "https://judge.example/v1", "--judge-parallel", "1"]) == 0
+    assert seen == [True] + [False] * 5 and content(files / "out")["green"]["judge"] == "m at judge.example"
+    assert run([*flags, "--judge", "http://localhost:8000/v1", "--judge-parallel", "1"]) == 0
+    assert seen[6:] == [False] * 6
