@@ -30,7 +30,7 @@ from jaxmed.train.init import flatten, materialise, unflatten
 Dtype = Literal["float32", "bfloat16"]
 AT_ONCE = {"cpu": 1}
 AT_ONCE_ELSEWHERE = 8
-"""Images at once on a device. A volume of the published ViT3D takes 0.9 TFLOP and some 100 MB in bfloat16."""
+"""Images at once on a device. A volume of the published ViT3D takes 0.5 TFLOP."""
 _UNSEEN = ("kind", "image", "patch", "channels", "heads", "norm_eps", "activation", "class_token", "class_position")
 _UNSEEN += ("pre_norm", "final_norm", "select_feature")
 """Of a tower's config, what its tokens depend on and the shapes of its tensors do not show"""
