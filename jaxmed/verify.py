@@ -14,19 +14,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmed import verify_engines
 from jaxmed.api import load
 from jaxmed.checkpoint.folder_kinds import detect_base
 from jaxmed.checkpoint.model_plan import ModelPlan
 from jaxmed.checkpoint.values import parameter_shapes
 from jaxmed.config import VisualConfig
 from jaxmed.errors import UserError
-from jaxmed.generate.engine import Engine
-from jaxmed.train.init import blueprint, flatten, start, unflatten
 from jaxmed.vlm_model import Model
 
 QUESTION = "Describe the findings, please."
-EXACT, NARROWER = 2e-4, 0.1
-"""Largest difference allowed, as a part of the largest value: of the same numbers, and of numbers rounded to 16 bits"""
+EXACT, ROUNDED = 2e-4, 0.1
+"""Largest difference allowed, as a part of the largest value: of the same numbers, and where one side was rounded to 16 bits"""
 _ROOM = 0.8
 
 
@@ -46,6 +45,8 @@ class Stage:
     difference: float
     scale: float
     """The largest value of the source"""
+    allowed: float = EXACT
+    """As a part of the largest value"""
 
 
 def reason_not_to(plan: ModelPlan) -> str:
@@ -85,15 +86,17 @@ def free_memory() -> int:
 
 
 def verify(plan: ModelPlan, source: Source, written: str, say: Callable[[str], None]) -> None:
-    """Tells the largest difference of every stage. UserError where one is too large: the folder must not be kept."""
+    """Tells the largest difference of every stage. UserError where one is too large: the folder must not be kept.
+
+    Where numbers are written in 16 bits, the source computes with the same rounded numbers.
+    """
     with jax.default_matmul_precision("highest"):
-        stages = _stages(plan, source, written)
-    tell(stages, NARROWER if _narrower(plan) else EXACT, say)
+        tell(_stages(plan, source, written), say)
 
 
-def tell(stages: Sequence[Stage], allowed: float, say: Callable[[str], None]) -> None:
-    """UserError where a difference is larger than `allowed`, as a part of the largest value."""
-    wrong = [stage for stage in stages if not stage.difference <= allowed * max(stage.scale, 1e-6)]
+def tell(stages: Sequence[Stage], say: Callable[[str], None]) -> None:
+    """UserError where a difference is larger than allowed."""
+    wrong = [stage for stage in stages if not stage.difference <= stage.allowed * max(stage.scale, 1e-6)]
     for stage in stages:
         say(f"verified: {stage.name}: largest difference {stage.difference:.3g} (largest value {stage.scale:.3g})")
     if wrong:
@@ -102,7 +105,7 @@ def tell(stages: Sequence[Stage], allowed: float, say: Callable[[str], None]) ->
 
 
 def _narrower(plan: ModelPlan) -> bool:
-    """Whether numbers were rounded: to a narrower dtype, or after a merge into 16 bits."""
+    """Whether numbers were rounded to 16 bits."""
     return any(tensor.dtype.itemsize < 4 for tensor in plan.tensors)
 
 
@@ -110,14 +113,17 @@ def _stages(plan: ModelPlan, source: Source, written: str) -> list[Stage]:
     ours = load(source.folder, source.base, source.tower, dtype="float32", overrides=source.overrides)
     image = None if _text_alone(plan) else probe(ours.experiment.visual)
     prompt = _ids(plan) if image is None else f"<image>\n{QUESTION}" if ours.experiment.visual.kind != "slices" else QUESTION
+    if _narrower(plan):
+        ours.__dict__["engine"] = verify_engines.as_written(ours, plan)  # in place of the one that would be read
     want = _arrays(ours, image, prompt)
     stages: list[Stage] = []
     if plan.to != "peft":
         theirs = load(written, *_beside(plan, source), dtype="float32", overrides=_overrides(plan, source))
         stages += compared(want, _arrays(theirs, image, prompt), "")
     if ours.experiment.lora.rank:
-        apart = _logits_apart(ours, image, prompt)
-        stages.append(_stage("adapters apart against merged", want["decoder"], apart))
+        logits, name = _logits_apart(ours, image, prompt), "adapters apart against merged"
+        name = f"{name} and rounded" if _narrower(plan) else name
+        stages.append(_stage(name, want["decoder"], logits, ROUNDED if _narrower(plan) else EXACT))
     if plan.to in ("hf", "peft"):
         from jaxmed import verify_torch  # torch is loaded only where it is asked
 
@@ -191,14 +197,9 @@ def _arrays(model: Model, image: np.ndarray | None, prompt: str | np.ndarray) ->
 
 def _logits_apart(model: Model, image: np.ndarray | None, prompt: str | np.ndarray) -> np.ndarray:
     """Logits with the adapters beside the weights, as training computes them."""
-    with jax.set_mesh(model.mesh):
-        plan = blueprint(model.experiment, model.mesh)
-        trainable, frozen = start(plan)
-        params = unflatten(flatten(trainable) | flatten(frozen))
-    engine = Engine(plan.graphdef, params, model.experiment, model.mesh, model.rules, model.engine.limits)
     merged = model.engine
     try:
-        model.__dict__["engine"] = engine
+        model.__dict__["engine"] = verify_engines.apart(model)
         return model.logits([image], [prompt])[0]
     finally:
         model.__dict__["engine"] = merged
@@ -208,10 +209,10 @@ def compared(want: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray], wher
     return [_stage(name + where, want[name], got[name]) for name in want if name in got]
 
 
-def _stage(name: str, want: np.ndarray, got: np.ndarray) -> Stage:
+def _stage(name: str, want: np.ndarray, got: np.ndarray, allowed: float = EXACT) -> Stage:
     """Rows of a vocabulary that only one side has are left out."""
     size = min(want.shape[-1], got.shape[-1])
     if want.shape[:-1] != got.shape[:-1]:
-        return Stage(name, math.inf, float(np.abs(want).max()))
+        return Stage(name, math.inf, float(np.abs(want).max()), allowed)
     difference = np.abs(want[..., :size].astype(np.float64) - got[..., :size])
-    return Stage(name, float(difference.max()), float(np.abs(want).max()))
+    return Stage(name, float(difference.max()), float(np.abs(want).max()), allowed)

@@ -111,13 +111,26 @@ def _values(source: Experiment, apart: bool, dtypes: Mapping[str, np.dtype], mes
     leaves: Leaves = {}
     for path, leaf in (flatten(model.trainable) | flatten(model.frozen)).items():
         leaves[path] = jax.ShapeDtypeStruct(leaf.shape, dtypes.get(text(path), np.float32), sharding=leaf.sharding)
-    values = materialise(source, leaves, complete=True)
-    if source.lora.rank and not apart:
-        _merge(values, Adapter(source.lora.rank, source.lora.alpha))
-    return {text(path): value for path, value in values.items()}
+    if apart or not source.lora.rank:
+        return {text(path): value for path, value in materialise(source, leaves, complete=True).items()}
+    return {text(path): value for path, value in _merged(source, leaves).items()}
 
 
-def _merge(values: Leaves, adapter: Adapter) -> None:
+def _merged(source: Experiment, leaves: Leaves) -> Leaves:
+    """One weight with adapters after the other, in float32 until it is merged: rounded before, it would be rounded twice."""
+    adapter = Adapter(source.lora.rank, source.lora.alpha)
+    pairs = {path: pair for path in leaves if (pair := adapter_paths(path, leaves))}
+    halves = {half for pair in pairs.values() for half in pair}
+    values = materialise(source, {path: x for path, x in leaves.items() if path not in pairs and path not in halves}, False)
+    for path, pair in pairs.items():
+        wide = {name: leaves[name].update(dtype=np.float32) for name in (path, *pair)}
+        found = materialise(source, wide, complete=False)
+        merge_adapters(found, adapter)
+        values[path] = found[path].astype(leaves[path].dtype).block_until_ready()
+    return values
+
+
+def merge_adapters(values: Leaves, adapter: Adapter) -> None:
     """W + scale * B A in float32, a layer at a time, in place of W."""
     for path in list(values):
         if pair := adapter_paths(path, values):

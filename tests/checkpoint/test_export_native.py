@@ -129,6 +129,21 @@ def test_dtypes_are_the_files_or_the_one_asked_for(native, tmp_path):
         convert(tmp_path / "half")
 
 
+def test_merged_weights_are_rounded_once(tmp_path):
+    """The base's float32 is not rounded before the adapter is added."""
+    merged = Values(resolve(convert(tmp_path / "half", ml_dtypes.bfloat16, merge=True), "", "float32", {}))
+    source_of = Values(source())
+    for name in ("q", "o"):
+        path = ("decoder", "blocks", "attn", name)
+        w, a, b = (source_of.read((*path, part), 1) for part in ("weight", "lora_a", "lora_b"))
+        lora = source_of.experiment.lora
+        exact = w + lora.alpha / lora.rank * (b.astype(np.float64) @ a)
+        twice = (w.astype(ml_dtypes.bfloat16) + lora.alpha / lora.rank * (b.astype(np.float64) @ a)).astype(ml_dtypes.bfloat16)
+        got = merged.read((*path, "weight"), 1)
+        assert got.dtype == ml_dtypes.bfloat16 and np.mean(got == exact.astype(ml_dtypes.bfloat16)) > 0.999
+        assert np.mean(got == twice) < 0.98
+
+
 def test_adapters_are_merged_when_asked_for(tmp_path, monkeypatch):
     run_from_scratch(tmp_path / "whole", {"rope": ROPE})
     experiment = dataclasses.replace(

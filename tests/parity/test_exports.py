@@ -261,25 +261,26 @@ def test_conversion_is_verified_stage_by_stage(quiet_one_device, tmp_path, capsy
     assert [line.split(": ")[1] for line in said.splitlines() if line.startswith("verified")] == stages
 
 
-def damaged(part: tuple[str, ...]) -> Callable:
+def damaged(part: tuple[str, ...], by: float) -> Callable:
     """A reader of parameters that gets one of them wrong."""
     read = Values.read
 
     def wrong(self: Values, path: tuple[str, ...], layer: int) -> np.ndarray:
-        return read(self, path, layer) + (0.5 if path == part else 0)
+        return read(self, path, layer) + (by if path == part else 0)
 
     return wrong
 
 
 @pytest.mark.parametrize(
-    ("part", "first"),
+    ("part", "by", "dtype", "first"),
     [
-        (("tower", "blocks", "mlp", "up", "bias"), "tower"),
-        (("decoder", "blocks", "mlp_norm", "scale"), "decoder"),
+        (("tower", "blocks", "mlp", "up", "bias"), 0.5, "float32", "tower"),
+        (("decoder", "blocks", "mlp_norm", "scale"), 0.004, "float16", "decoder"),  # less than rounding to 16 bits may change
     ],
 )
-def test_wrong_stage_is_named_and_nothing_kept(part, first, quiet_one_device, tmp_path, monkeypatch):
-    monkeypatch.setattr(Values, "read", damaged(part))
+def test_wrong_stage_is_named_and_nothing_kept(part, by, dtype, first, quiet_one_device, tmp_path, monkeypatch):
+    monkeypatch.setattr(Values, "read", damaged(part, by))
     with pytest.raises(UserError, match=f"computes something else: {first} differs"):
-        command.run([LAMED.path("lamed_merged"), "--to", "lamed", "--out", str(tmp_path / "out"), "--set", "vision.heads=3"])
+        flags = ["--to", "lamed", "--out", str(tmp_path / "out"), "--set", "vision.heads=3", "--dtype", dtype]
+        command.run([LAMED.path("lamed_merged"), *flags])
     assert not any(tmp_path.iterdir())
