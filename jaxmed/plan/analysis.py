@@ -10,6 +10,7 @@ from jaxmed.plan import counts, programs
 from jaxmed.plan.jaxprs import equations
 from jaxmed.plan.memory import Memory, estimate
 from jaxmed.plan.meshes import shape_of
+from jaxmed.plan.policy import policy_flops
 from jaxmed.plan.roofline import Roofline, roofline
 from jaxmed.plan.sent import Collective, stated
 from jaxmed.plan.topology import Topology
@@ -23,6 +24,8 @@ class Analysis:
     """Of all devices: the program's, recomputation included"""
     model_flops: float
     """Of all devices: what the mathematics needs"""
+    policy_flops: float
+    """Of all devices: what the mathematics needs with what the remat policy computes again; 0 for generation"""
     kernels: list[str]
     """Kernels whose FLOPs are a formula's"""
     traffic: float
@@ -70,6 +73,7 @@ def analyse(experiment: Experiment, topology: Topology, step: programs.Step, len
         memory=estimate(program, experiment, topology.chip.platform),
         flops=flops * topology.count,
         model_flops=counts.model_flops(experiment, step, length, trained, frozen),
+        policy_flops=policy_flops(experiment, length, trained, frozen, sorted(kernels)) if step == "train" else 0.0,
         kernels=sorted(kernels),
         traffic=traffic,
         sent=sent,

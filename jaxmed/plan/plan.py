@@ -73,6 +73,7 @@ def flops_part(found: Analysis, compiled: Compiled | None, topology: Topology) -
         "step": found.flops,
         "model": found.model_flops,
         "ratio": found.flops / found.model_flops,
+        "over_policy": found.flops / found.policy_flops if found.policy_flops else 0.0,
         "device": found.flops / topology.count,
         "kernels_by_formula": found.kernels,
     }
