@@ -112,12 +112,18 @@ class ContrastiveModel(TowerModel):
         found = np.asarray(self.apply(_encode_image, inputs))[: len(images)]
         return list(found if tokens else found[:, 0])
 
-    def text_features(self, texts: Sequence[str], tokens: bool = False, max_length: int = 0) -> list[np.ndarray]:
+    def text_features(self, texts: Sequence[str], tokens: bool = False, max_length: int = 0, hidden: bool = False) -> Any:
         """[P] float32 of length 1 a text, from [CLS]; with `tokens` [T, P], padding included. A text is cut at `max_length`
-        tokens (0: the position table's), special tokens counted."""
+        tokens (0: the position table's), special tokens counted.
+
+        With `hidden` a pair of that list and of every block's output of the text encoder, [L, T, W] a text."""
         ids, mask = self.text_ids(texts, max_length)
         found = np.asarray(self.apply(_encode_text, ids, mask))[: len(texts)]
-        return list(found if tokens else found[:, 0])
+        features = list(found if tokens else found[:, 0])
+        if not hidden:
+            return features
+        blocks = np.asarray(self.apply(_text_blocks, ids, mask), np.float32)
+        return features, [blocks[:, i] for i in range(len(texts))]
 
     def text_hidden(self, texts: Sequence[str], max_length: int = 0) -> list[np.ndarray]:
         """What the text encoder gives, before the projection: [T, W] float32 a text, padding included."""
@@ -197,6 +203,10 @@ def _encode_text(model: Contrastive, rules: Rules, ids: jax.Array, mask: jax.Arr
 
 def _text_hidden(model: Contrastive, rules: Rules, ids: jax.Array, mask: jax.Array) -> jax.Array:
     return model.text(ids, mask, rules, model.text.words.dtype)
+
+
+def _text_blocks(model: Contrastive, rules: Rules, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    return model.text.hidden_states(ids, mask, rules, model.text.words.dtype)
 
 
 def encoder_model(folder: str, mesh: Mesh | None, dtype: str, overrides: Mapping[str, Any]) -> TowerModel:

@@ -69,13 +69,7 @@ class TextEncoder(nnx.Module):
         `dropout`: bits of every (sample, position), None where nothing is dropped.
         """
         rules = encoder_rules(rules)
-        length = ids.shape[1]
-        if length > self.config.positions:
-            raise ValueError(f"texts of {length} tokens, the text encoder's position table has {self.config.positions} rows")
-        words = gathered(self.words, rules).astype(dtype)
-        h = words.at[ids].get(out_sharding=rules.spec("batch", None, None))
-        same = gathered(self.positions, rules)[:length] + gathered(self.types, rules)[0]
-        h = self.norm(h + same.astype(dtype))
+        h = self.embed(ids, rules, dtype)
         if dropout is not None:
             h = dropout.fold(self.config.layers)(h, rules, None)
         segments, rule = mask.astype(jnp.int32), KeyPadding(causal=False, window=0)
@@ -91,3 +85,24 @@ class TextEncoder(nnx.Module):
         layers = (self.blocks, jnp.arange(self.config.layers, dtype=jnp.uint32))
         h, _ = jax.lax.scan(rematerialised(body, remat), h, layers)
         return h
+
+    def hidden_states(self, ids: jax.Array, mask: jax.Array, rules: Rules, dtype: jnp.dtype) -> jax.Array:
+        """Every block's output [L, B, T, D], the last one included."""
+        rules = encoder_rules(rules)
+        attend = attend_within(mask.astype(jnp.int32), rules, KeyPadding(causal=False, window=0))
+
+        def body(h: jax.Array, block: EncoderBlock) -> tuple[jax.Array, jax.Array]:
+            h = block(h, attend, rules, None)
+            return h, h
+
+        return jax.lax.scan(body, self.embed(ids, rules, dtype), self.blocks)[1]
+
+    def embed(self, ids: jax.Array, rules: Rules, dtype: jnp.dtype) -> jax.Array:
+        """Words, positions and the first type's row, normalised: ids [B, T] -> [B, T, D]."""
+        length = ids.shape[1]
+        if length > self.config.positions:
+            raise ValueError(f"texts of {length} tokens, the text encoder's position table has {self.config.positions} rows")
+        words = gathered(self.words, rules).astype(dtype)
+        h = words.at[ids].get(out_sharding=rules.spec("batch", None, None))
+        same = gathered(self.positions, rules)[:length] + gathered(self.types, rules)[0]
+        return self.norm(h + same.astype(dtype))

@@ -4,6 +4,7 @@ Nothing is allocated."""
 import math
 
 import jax
+import numpy as np
 import pytest
 import torch
 from flax import nnx
@@ -28,6 +29,7 @@ COUNTS = {
     "mistral_7b": 7_241_732_096,
     "mistral_7b_v01": 7_241_732_096,
     "phi3_mini_4k": 3_821_079_552,
+    "phi3_mini_128k": 3_821_079_552,
 }
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
@@ -62,6 +64,11 @@ PUBLISHED = {
     | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "max_position_embeddings": 4096}
     | {"sliding_window": 2047},
 }
+ROPE = DECODERS["phi3_mini_128k"].rope
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": list(ROPE.long_factors)}
+LONGROPE |= {"short_factor": list(ROPE.short_factors), "original_max_position_embeddings": 4096}
+PUBLISHED["phi3_mini_128k"] = PUBLISHED["phi3_mini_4k"] | {"sliding_window": 262144, "rope_parameters": LONGROPE}
+PUBLISHED["phi3_mini_128k"] |= {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
 
 
 def published(name: str) -> PreTrainedConfig:
@@ -94,6 +101,22 @@ def test_every_tensor_of_the_published_model(name):
     assert sum(filled.values()) == COUNTS[name]
     tables = [ours[path].shape for path in ours if path[-1] == "table" or path[1] == "head"]
     assert set(tables) == {(padded_vocab(decoder.vocab), decoder.width)} and len(tables) == 2 - decoder.tied
+
+
+def test_longrope_factors_are_those_that_its_config_is_quoted_with():
+    """danbev/learning-ai, notes/position-embeddings/rope.md: config.json of microsoft/Phi-3-mini-128k-instruct, and the factor
+    of attention that llama.cpp's conversion wrote."""
+    first = [1.0700000524520874, 1.1200000047683716, 1.149999976158142, 1.4199999570846558, 1.5699999332427979]
+    first += [1.7999999523162842, 2.129999876022339, 2.129999876022339, 3.009999990463257, 5.910000324249268, 6.950000286102295]
+    first += [9.070000648498535, 9.930000305175781, 10.710000038146973, 11.130000114440918, 14.609999656677246]
+    last = [64.12435150146484, 64.15435028076172, 64.19435119628906, 64.24435424804688, 64.57435607910156, 64.69000244140625]
+    last += [64.76000213623047]
+    assert len(ROPE.long_factors) == len(ROPE.short_factors) == 48
+    assert (list(ROPE.long_factors[:16]), list(ROPE.long_factors[-7:])) == (first, last)
+    assert ROPE.short_factors[:5] == (1.1, 1.1, 1.1, 1.3000000000000003, 1.3500000000000003)
+    assert ROPE.short_factors[-3:] == (2.799999999999998, 2.8999999999999977, 3.049999999999997)
+    assert list(ROPE.long_factors) == sorted(ROPE.long_factors) and list(ROPE.short_factors) == sorted(ROPE.short_factors)
+    assert np.float32(ROPE.attention_factor) == np.float32(1.190238118171692)
 
 
 @pytest.mark.parametrize(("name", "rank", "count"), [("phi3_mini_4k", 16, 25_165_824), ("mistral_7b", 8, 20_971_520)])

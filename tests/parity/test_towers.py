@@ -153,7 +153,12 @@ def test_bert_equals_transformers_forward_and_backward():
     graphdef, params = filled(lambda: TextEncoder(config, jax.random.key(0)), rows, state_of(model, ""))
     ids = np.random.default_rng(0).integers(1, 61, (4, 19)).astype(np.int32)  # torch gives the row of id 0 no gradient
     mask = (np.arange(19) < np.array([[19], [7], [1], [12]])).astype(np.int32)
-    want = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask)).last_hidden_state
+    out = model(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), output_hidden_states=True)
+    want = out.last_hidden_state
+    blocks = jax.jit(lambda p: nnx.merge(graphdef, p).hidden_states(ids, mask, RULES, jnp.float32))(params)
+    assert len(blocks) == 3
+    for i, block in enumerate(blocks):
+        close(block, out.hidden_states[i + 1].detach(), 1e-5, f"block {i}")
     weights = images((4, 19, 42), 6)
     (want * torch.from_numpy(weights)).sum().backward()
     got, grads = value_and_gradients(lambda p: nnx.merge(graphdef, p)(ids, mask, RULES, jnp.float32), params, weights)
@@ -213,7 +218,15 @@ def test_dino_equals_torch_forward_and_backward():
     model, config = dino(), DINO_TINY
     graphdef, params = tower_pair(model, config, TOWER_PREFIX)
     x = images((2, 3, 50, 63), 1)
+    outputs: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(lambda _, __, out: outputs.append(out.detach())) for block in model.blocks]
     want = model(torch.from_numpy(x))[:, :1]
+    blocks = jax.jit(lambda p: nnx.merge(graphdef, p).hidden_states(channels_last(x), RULES))(params)
+    assert len(blocks) == len(outputs) == config.layers
+    for i, (block, output) in enumerate(zip(blocks, outputs, strict=True)):
+        close(block, output, 1e-5, f"block {i}")
+    for hook in hooks:
+        hook.remove()
     weights = images(tuple(want.shape), 2)
     (want * torch.from_numpy(weights)).sum().backward()
     got, grads = value_and_gradients(lambda p: nnx.merge(graphdef, p)(channels_last(x), RULES), params, weights)
