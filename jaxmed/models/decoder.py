@@ -31,8 +31,8 @@ from jaxmed.sharding import Rules, whole_rows
 from jaxmed.types import KVCache
 
 VOCAB_MULTIPLE = 256
-QUERIES = 256
-"""Tokens of a row that are scored against its whole cache at once, where a cache is extended"""
+SCORES = 1 << 20
+"""Scores of a row and head that exist at once where a cache is extended by several tokens, about"""
 
 
 def padded_vocab(size: int) -> int:
@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
         it comes from.
         """
         rows, length = positions.shape
-        of_token, chunk = whole_rows(rules), min(length, QUERIES)
+        of_token, chunk = whole_rows(rules), max(SCORES // cache.positions.shape[1], 16)
         angles = self._angles(positions, self._reaches_far(cache.reach))
         whole = of_token.spec("batch", None)
         own = np.repeat([lineage[-1] for lineage in lineages], length // len(lineages)).astype(np.int32)

@@ -17,6 +17,7 @@ from jaxmed.generate.prompts import Prompt, bucket_of, left_padded, prompt_lengt
 from jaxmed.generate.sampling import Sampling
 from jaxmed.generate.scheduler import Scheduler, Task, run_all
 from jaxmed.generate.sharing import ALONE, Split, split_of
+from jaxmed.models import decoder
 from jaxmed.nn.cache import ROOT, fork
 from jaxmed.sharding import generation_rules
 
@@ -106,6 +107,13 @@ def same_as_apart(shape, split, apart):
     engine = engine_of(shape, split)
     found = answers(engine, STUDIES, least=shape[0] * shape[1])
     assert {name: answered.ids.tolist() for name, answered in found.items()} == apart
+
+
+def test_what_is_left_of_prompts_goes_in_pieces_where_it_is_long(monkeypatch, apart):
+    """Three times sixteen tokens against the cache, sixteen at a time."""
+    monkeypatch.setattr(decoder, "SCORES", 1)
+    found = answers(compiled.__wrapped__((1, 1, 1, 1), True, SMALL), [STUDIES[0]])
+    assert {name: answered.ids.tolist() for name, answered in found.items()} == {name: apart[name] for name in found}
 
 
 def test_tokens_are_counted():
