@@ -12,7 +12,8 @@ from warnings import formatwarning as python_warning
 import jaxmed
 from jaxmed.errors import REQUEUE, Notice, Preempted, UserError
 
-COMMANDS = ("quickstart", "train", "generate", "evaluate", "encode", "preview", "view", "convert", "inspect", "plan")
+COMMANDS = ("quickstart", "train", "generate", "evaluate", "retrieve", "encode", "preview", "view", "convert", "inspect")
+COMMANDS += ("plan",)
 
 
 def overview() -> str:

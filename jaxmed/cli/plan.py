@@ -67,6 +67,7 @@ def run(argv: list[str]) -> int:
     from jaxmed.plan.prices import price_of, read_prices
 
     price = price_of(read_prices(args.prices), topology, args.prices) if args.prices else 0.0
+    common.check_writes(args.experiment, config, "plan")
     found = make(args, topology, with_base(args.experiment), price)
     show(found)
     if args.out:

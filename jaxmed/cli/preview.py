@@ -99,6 +99,7 @@ def _check(args: Args, found: Survey, volumes: preview.Volumes | None) -> list[P
 def run(argv: list[str]) -> int:
     config, flags = common.split_config(argv, "preview")
     experiment = common.load_experiment(config)
+    common.check_writes(experiment, config, "preview")
     known = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(Experiment)}
     args = common.parse(
         Args, common.long_forms(flags), prog=f"jaxmed preview {config}", description=HELP, default=Args(**known)

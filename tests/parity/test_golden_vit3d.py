@@ -148,6 +148,8 @@ def test_contrastive_similarity_and_ranks(clip):
     for name, scores in (("i2t", found), ("t2i", found.T)):
         order = np.argsort(-scores, axis=1)
         np.testing.assert_array_equal(order, golden[f"ranking_{name}"])
+    ranked = clip.retrieval(VOLUMES, TEXTS, ks=(1, 2, 3))
+    CASE.values("clip_retrieval", **{name: np.asarray(value).tolist() for name, value in ranked.items()})
 
 
 def test_contrastive_loss_and_gradients(clip):

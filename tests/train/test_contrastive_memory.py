@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import pytest
 from pair_case import TOWER, arrays, case, changed, mesh_of
 
 
@@ -17,6 +18,7 @@ def temporaries(batch: int, pieces: int) -> int:
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_chunk_and_not_with_the_batch():
     """Four times the pairs in four times the chunks; in one piece they would take four times as much."""
     assert temporaries(128, 32) < 1.25 * temporaries(32, 8)

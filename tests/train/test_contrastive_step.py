@@ -34,7 +34,17 @@ def whole():
     return step(changed(), ONE, arrays())
 
 
-@pytest.mark.parametrize(("shape", "pieces"), [(ONE, 4), ((2, 2, 1, 1), 1), ((2, 2, 1, 2), 4), ((1, 8, 1, 1), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "pieces"),
+    [
+        (ONE, 4),
+        ((2, 2, 1, 2), 4),
+        pytest.param((2, 2, 1, 1), 1, marks=pytest.mark.slow),
+        pytest.param((8, 1, 1, 1), 2, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1, 1), 1, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_same_loss_and_gradients(whole, shape, pieces):
     close(step(changed(pieces), shape, arrays()), whole)
 
