@@ -275,6 +275,9 @@ class AggregatorConfig:
     """Features of a volume."""
     dropout: float = 0.1
     """Of the blocks' outputs, in training."""
+    slice_pos: Literal["none", "learned", "sincos"] = "none"
+    """What tells slices apart by their place: nothing, as published (the order of the slices makes no difference); a learned
+    table that begins with zeros; sines and cosines of the place."""
 
 
 @dataclass(frozen=True)

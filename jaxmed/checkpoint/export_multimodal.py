@@ -65,6 +65,8 @@ def plan_upstream(values: Values, planner: Planner, to: Format, merge: bool) -> 
     notes = []
     if experiment.visual.norm or experiment.visual.positions:
         notes.append("statistics and position table of the visual input are ours; upstream's own loader has no place for them")
+    if experiment.model.aggregator.slice_pos != "none":
+        notes.append("positions of slices are ours; upstream's own code does not compute with them")
     return ModelPlan(to, files, documents, kept | optimizer_state(values), notes, experiment=experiment, source=experiment)
 
 

@@ -24,7 +24,7 @@ from jaxmed.checkpoint.folder_parts import (
 from jaxmed.checkpoint.folders import check_same_model
 from jaxmed.checkpoint.hf_config import decoder_config, decoder_of, language_model
 from jaxmed.checkpoint.hf_io import open_folder
-from jaxmed.checkpoint.projector_tables import FUSION, aggregator_from, fusion_from, projector_from
+from jaxmed.checkpoint.projector_tables import FUSION, SLICE_POSITIONS, aggregator_from, fusion_from, projector_from
 from jaxmed.config import DataConfig, DecoderConfig, Experiment, ModelConfig, PixelConfig, TrainConfig
 from jaxmed.data.tokenizer import Tokenizer, has_tokenizer, read_end_ids
 from jaxmed.errors import UserError
@@ -75,6 +75,8 @@ def m3d_experiment(folder: str, base: str, tower: str, given: Given) -> Found:
     if samf:
         data = replace(data, pad_id=_pad_id(config, words))
     visual = visual_config(found.config, PixelConfig("crop", found.config.image[-1], found.config.image[-1]))
+    if places := source.shapes.get(SLICE_POSITIONS):
+        visual = replace(visual, slices=places[0], tokens=places[0], grid=(places[0], 1, 1))
     experiment = Experiment(model=model, visual=visual, lora=lora, train=train, data=data)
     return experiment, [*notices, *found.notices, *_assumed(experiment, given)]
 

@@ -22,6 +22,7 @@ from jaxmed.checkpoint.part_folders import PartConfig, PartFolder, read_part_con
 from jaxmed.checkpoint.projector_tables import (
     FUSION,
     PROJECTOR,
+    SLICE_POSITIONS,
     Shapes,
     aggregator_from,
     fusion_from,
@@ -52,7 +53,7 @@ class Bridge(nnx.Module):
         if folder.projector.kind != "aggregator":
             self.projector = Projector(folder.projector, folder.visual, folder.width, key)
             return
-        self.aggregator = Aggregator(folder.aggregator, folder.visual.features, key)
+        self.aggregator = Aggregator(folder.aggregator, folder.visual.features, folder.visual.slices, key)
         if folder.fusion.kind != "none":
             widths = (folder.aggregator.features, folder.visual.features, folder.width)
             self.fusion = Fusion(folder.fusion, *widths, key)
@@ -191,7 +192,8 @@ def _sizes(
         width = (
             shapes[f"{FUSION}fusion_layer.weight"][0] if fusion.kind != "none" else shapes[f"{PROJECTOR}volume_proj.weight"][0]
         )
-        return VisualConfig(kind="slices", features=features, tokens=24, grid=(24, 1, 1)), width
+        slices = shapes.get(SLICE_POSITIONS, (VisualConfig().slices,))[0]
+        return VisualConfig(kind="slices", features=features, slices=slices, tokens=slices, grid=(slices, 1, 1)), width
     probe = VisualConfig(kind="volumes" if volumes else "embeddings", features=1)
     matrices = [
         row.theirs for row in part_rows(probe, projector, AggregatorConfig(), FusionConfig()) if row.theirs.endswith(".weight")

@@ -17,6 +17,7 @@ from jaxmed.errors import UserError
 
 PROJECTOR = "model.mm_projector."
 FUSION = "model.mm_fusion."
+SLICE_POSITIONS = f"{PROJECTOR}slice_positions"
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Canonical name of a tensor -> its shape"""
@@ -89,7 +90,9 @@ def _pool_rows() -> list[Row]:
 def aggregator_rows(aggregator: AggregatorConfig, width: int) -> list[Row]:
     """SAMF's aggregator over features of `width`: torch's TransformerEncoder, whose q, k and v are one matrix."""
     layers, blocks = aggregator.layers, ("aggregator", "blocks", LAYER)
-    rows = [Row(f"{PROJECTOR}cls_token", ("aggregator", "class_token"), transform=Leading(2))]
+    # the table of positions is ours, in upstream's style
+    positions = [Row(SLICE_POSITIONS, ("aggregator", "positions"))] if aggregator.slice_pos == "learned" else []
+    rows = [*positions, Row(f"{PROJECTOR}cls_token", ("aggregator", "class_token"), transform=Leading(2))]
     for number, name in enumerate("qkv"):
         part = Part(number * width, 3 * width)
         for end in ("weight", "bias"):
@@ -167,7 +170,9 @@ def aggregator_from(shapes: Shapes, where: str = "the folder") -> AggregatorConf
     if numbers != list(range(len(numbers))) or not numbers:
         raise UserError(f"{where}: the aggregator's layers are {numbers or 'missing'}, they must count from 0")
     mlp = _rows(shapes, f"{_AGGREGATOR_BLOCK}linear1.weight".replace(LAYER, "0"), where)
-    return AggregatorConfig(layers=len(numbers), mlp=mlp, features=_rows(shapes, f"{PROJECTOR}volume_proj.weight", where))
+    places = "learned" if SLICE_POSITIONS in shapes else "none"
+    features = _rows(shapes, f"{PROJECTOR}volume_proj.weight", where)
+    return AggregatorConfig(layers=len(numbers), mlp=mlp, features=features, slice_pos=places)
 
 
 def fusion_from(config: Mapping[str, Any], shapes: Shapes, where: str = "config.json") -> FusionConfig:

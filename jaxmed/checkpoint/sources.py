@@ -45,6 +45,8 @@ class WeightSources:
 
 def part_of(path: Path) -> str:
     """`lora`, `decoder`, `tower`, `projector`, ...: what a folder holds whole or not at all."""
+    if path[:2] == ("aggregator", "positions"):  # may be added to a model that was trained without
+        return "slice positions"
     return "lora" if path[-1] in ("lora_a", "lora_b") else str(path[0])
 
 

@@ -1,7 +1,7 @@
 """SAMF's aggregator: a small transformer over the features of a volume's slices, whose class token describes the volume.
 
-Post-norm blocks with ReLU, no positions: the order of the slices makes no difference. Sources: SAMF (MICCAI 2025),
-serag-ai/SAMF, where it is torch's TransformerEncoder.
+Post-norm blocks with ReLU. As published it has no positions: the order of the slices makes no difference. Sources: SAMF (MICCAI
+2025), serag-ai/SAMF, where it is torch's TransformerEncoder.
 
 Axis letters: M volumes, S slices, T = 1 + S tokens (the class token first), C features of a slice, F of a volume, Q heads,
 H head width, L layers.
@@ -16,7 +16,7 @@ from jaxmed.model_config import require
 from jaxmed.nn.dropout import Dropout, mix
 from jaxmed.nn.encoder_block import BlockConfig, EncoderAttend, EncoderBlock, encoder_rules
 from jaxmed.nn.linear import Linear
-from jaxmed.nn.param import constant, uniform
+from jaxmed.nn.param import constant, gathered, uniform
 from jaxmed.sharding import Rules
 
 NORM_EPS = 1e-5
@@ -26,14 +26,16 @@ _ATTENTION_WEIGHTS = 3  # place of dropout in a block, after the three of Encode
 
 
 class Aggregator(nnx.Module):
-    def __init__(self, config: AggregatorConfig, width: int, key: jax.Array):
-        """`width`: features of a slice (C)."""
+    def __init__(self, config: AggregatorConfig, width: int, slices: int, key: jax.Array):
+        """`width`: features of a slice (C); `slices`: of a volume (S), the rows of a learned table of positions."""
         heads = f"aggregator.heads {config.heads} does not divide the {width} features of a slice; give another"
         require(width % config.heads == 0, heads)
         key_block, key_out = jax.random.split(key)
         self.class_token = constant((width,), 0.0, (None,))
         # as torch deep-copies one layer, all layers start equal
         self.blocks = jax.vmap(lambda _: _fresh_block(config, width, key_block))(jnp.arange(config.layers))
+        if config.slice_pos == "learned":  # zeros: a model that was trained without it begins as it was
+            self.positions = constant((slices, width), 0.0, (None, "tower"))
         self.out = Linear(config.features, width, (None, "tower"), key_out, std=TORCH_INIT, bias=True)
         self.config = config
 
@@ -46,6 +48,8 @@ class Aggregator(nnx.Module):
         rules = encoder_rules(rules)
         spec = rules.spec("batch", None, None)
         count, slices, width = f2d.shape
+        if self.config.slice_pos != "none":
+            f2d = f2d + self.slice_code(slices, width, rules).astype(f2d.dtype)
         first = jnp.broadcast_to(self.class_token[...].astype(f2d.dtype), (count, 1, width), out_sharding=spec)
         h = jnp.concatenate([first, f2d], axis=1)
         dropout = _token_dropout(bits, 1 + slices, self.config.dropout)
@@ -58,6 +62,22 @@ class Aggregator(nnx.Module):
 
         h, _ = jax.lax.scan(body, h, (stacked, jnp.arange(self.config.layers)))
         return self.out(h[:, :1], rules, ("batch", None, None), None)[:, 0]
+
+    def slice_code(self, slices: int, width: int, rules: Rules) -> jax.Array:
+        """What is added to the slices by their places, [S, C] float32."""
+        if self.config.slice_pos == "sincos":
+            return sine_code(slices, width)
+        table = gathered(self.positions, rules).astype(jnp.float32)
+        if slices > len(table):
+            raise ValueError(f"volumes of {slices} slices, the aggregator's table of positions has {len(table)} rows")
+        return table[:slices]
+
+
+def sine_code(count: int, width: int) -> jax.Array:
+    """[count, width] float32: of place p, feature j: sine (even j) or cosine (odd j) of p / 10000^(2 floor(j / 2) / width)"""
+    feature = jnp.arange(width)
+    angles = jnp.arange(count)[:, None] * 10000.0 ** (-2.0 * (feature // 2) / width)
+    return jnp.where(feature % 2 == 0, jnp.sin(angles), jnp.cos(angles))
 
 
 def _fresh_block(config: AggregatorConfig, width: int, key: jax.Array) -> EncoderBlock:

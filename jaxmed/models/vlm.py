@@ -38,7 +38,7 @@ class Vlm(nnx.Module):
                 self.projector = Projector(model.projector, experiment.visual, model.decoder.width, key_projector)
             else:
                 widths = (model.aggregator.features, model.tower.width, model.decoder.width)
-                self.aggregator = Aggregator(model.aggregator, model.tower.width, key_projector)
+                self.aggregator = Aggregator(model.aggregator, model.tower.width, self.visual.slices, key_projector)
                 self.fusion = Fusion(model.fusion, *widths, key_fusion)
         self.model, self.dtype = model, model.dtype
         self.remat, self.train, self.packed = experiment.train.remat, experiment.train, experiment.data.pack

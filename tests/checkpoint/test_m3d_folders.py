@@ -7,8 +7,14 @@ import pytest
 import torch
 from golden_folders import GOLDEN, case, check_tensors, copy_of, edit, resolve
 
+from jaxmed.api import resolve as resolve_model
+from jaxmed.checkpoint.export import plan_export
+from jaxmed.checkpoint.export_folder import write_export
+from jaxmed.checkpoint.hf_io import open_folder
 from jaxmed.checkpoint.multimodal_folders import OVERRIDES
-from jaxmed.config import LORA_TARGETS, replace_field
+from jaxmed.checkpoint.orbax_export import plan_native
+from jaxmed.checkpoint.values import Values
+from jaxmed.config import LORA_TARGETS, MeshConfig, replace_field
 from jaxmed.errors import UserError
 
 
@@ -143,3 +149,26 @@ def test_adapters_of_several_ranks(tmp_path):
         resolve(folder)
     torch.save({n: t for n, t in tensors.items() if ".mlp.up_proj.lora" not in n}, folder / "model_with_lora.bin")
     assert resolve(folder)[0].lora.targets == tuple(t for t in LORA_TARGETS if t != "up")
+
+
+def test_positions_of_slices_are_added_to_a_published_folder_and_come_back(tmp_path):
+    """They begin with zeros, so nothing changes; trained ones are in the folder that is written, which says so by itself."""
+    one, learned = (
+        resolve_model(str(GOLDEN / "samf" / "samf_merged"), "", "float32", {"slice_encoder.heads": 5, **more})
+        for more in ({}, {"model.aggregator.slice_pos": "learned"})
+    )
+    values = Values(learned)
+    fresh = [path for path in values.shapes if not values.stored(path)]
+    assert fresh == [("aggregator", "positions")] and values.shapes[fresh[0]].shape == (24, 40)
+    assert set(Values(one).shapes) == set(values.shapes) - set(fresh)
+    plan = plan_native(learned, None, False)
+    assert any("aggregator/positions" in note for note in plan.notes)
+    write_export(plan, str(GOLDEN / "samf" / "samf_merged"), str(tmp_path / "own"), 0, MeshConfig(), lambda text: None)
+    own = resolve_model(str(tmp_path / "own"), "", "float32", {})
+    plan = plan_export(own, "samf")
+    assert any("positions of slices are ours" in note for note in plan.notes)
+    write_export(plan, str(tmp_path / "own"), str(tmp_path / "samf"), 10**9, MeshConfig(), lambda text: None)
+    again, _ = resolve(tmp_path / "samf", vision__heads=5)
+    assert again.model.aggregator.slice_pos == "learned" and again.visual.slices == 24
+    held = open_folder(str(tmp_path / "samf")).arrays["model.mm_projector.slice_positions"]
+    assert held.shape == (24, 40) and not held.any()

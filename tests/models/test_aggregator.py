@@ -1,5 +1,6 @@
 """SAMF's aggregator against torch's own TransformerEncoder: outputs, gradients, dropout, meshes, published sizes."""
 
+import dataclasses
 import math
 
 import jax
@@ -38,7 +39,7 @@ class TorchAggregator(torch.nn.Module):
 
 
 def ours_from(module: torch.nn.Module, config: AggregatorConfig = CONFIG, width: int = WIDTH):
-    graphdef, shapes = structure(lambda key: Aggregator(config, width, key))
+    graphdef, shapes = structure(lambda key: Aggregator(config, width, 24, key))
     return graphdef, read("aggregator", aggregator_rows(config, width), named(module, PROJECTOR), shapes)
 
 
@@ -79,6 +80,38 @@ def test_the_order_of_the_slices_makes_no_difference():
         one, two, other = (np.asarray(run(placed(y))) for y in (x, x[:, [4, 2, 0, 8, 1, 3, 7, 5, 6]], changed))
     np.testing.assert_allclose(one, two, atol=1e-5)
     assert np.abs(one - other).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["learned", "sincos"])
+def test_positions_of_slices_are_added_to_them(kind):
+    """Then their order makes a difference; a learned table begins with zeros, as if there were none."""
+    torch.manual_seed(3)
+    module = TorchAggregator(CONFIG, WIDTH)
+    x = np.random.default_rng(1).standard_normal((4, 9, WIDTH), dtype=np.float32)
+    config = dataclasses.replace(CONFIG, slice_pos=kind)
+    table = np.random.default_rng(2).standard_normal((13, WIDTH), dtype=np.float32)
+    place, feature = np.meshgrid(np.arange(9.0), np.arange(WIDTH), indexing="ij")
+    angle = place / 10000.0 ** (2 * (feature // 2) / WIDTH)
+    added = table[:9] if kind == "learned" else np.where(feature % 2 == 0, np.sin(angle), np.cos(angle)).astype(np.float32)
+    tensors = named(module, PROJECTOR) | ({f"{PROJECTOR}slice_positions": table} if kind == "learned" else {})
+    outs = []
+    for shape in ((2, 2, 1, 2), (1, 1, 1, 1)):
+        with jax.set_mesh(mesh_of(*shape)):
+            graphdef, shapes = structure(lambda key: Aggregator(config, WIDTH, 13, key))
+            params = read("aggregator", aggregator_rows(config, WIDTH), tensors, shapes)
+            outs.append(np.asarray(jax.jit(lambda x, g=graphdef, p=params: nnx.merge(g, p)(x, RULES))(placed(x))))
+    with torch.no_grad():
+        close(outs[0], module(torch.from_numpy(x + added)), "output", 1e-5)
+        assert np.abs(outs[0] - module(torch.from_numpy(x)).numpy()).max() > 1e-2
+    np.testing.assert_allclose(outs[1], outs[0], atol=1e-5)
+    with jax.set_mesh(mesh_of(1, 1, 1, 1)):
+        turned = jax.jit(lambda x: nnx.merge(graphdef, params)(x, RULES))(placed(x[:, ::-1].copy()))
+        assert np.abs(np.asarray(turned) - outs[0]).max() > 1e-2
+        if kind == "learned":
+            fresh = nnx.to_pure_dict(nnx.split(Aggregator(config, WIDTH, 13, jax.random.key(1)))[1])["positions"]
+            assert fresh.shape == (13, WIDTH) and not np.asarray(fresh).any()
+            with pytest.raises(ValueError, match="volumes of 14 slices, the aggregator's table of positions has 13 rows"):
+                jax.eval_shape(lambda: nnx.merge(graphdef, params)(jnp.zeros((1, 14, WIDTH)), RULES))
 
 
 def test_dropout_is_the_same_on_every_mesh_and_another_for_another_volume():
@@ -129,7 +162,7 @@ def test_dropout_falls_on_four_places_a_layer(monkeypatch):
 
 def test_published_size():
     with jax.set_mesh(mesh_of(1, 1, 1, 1)):
-        _, shapes = structure(lambda key: Aggregator(AggregatorConfig(), 768, key))
+        _, shapes = structure(lambda key: Aggregator(AggregatorConfig(), 768, 24, key))
     names = [name for row in aggregator_rows(AggregatorConfig(), 768) for name in row.names()]
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == 8_077_824
     assert len(set(names)) == 27
@@ -138,7 +171,7 @@ def test_published_size():
 def test_starts_as_torch_does():
     """Class token zero, all layers equal, attention's biases zero, q, k, v within Xavier's bound of the fused matrix."""
     with jax.set_mesh(mesh_of(1, 1, 1, 1)):
-        made = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Aggregator(CONFIG, WIDTH, jax.random.key(2)))[1]))()
+        made = jax.jit(lambda: nnx.to_pure_dict(nnx.split(Aggregator(CONFIG, WIDTH, 24, jax.random.key(2)))[1]))()
     made = flatten(made)
     assert not np.any(made["class_token",])
     for path, x in made.items():
@@ -156,7 +189,7 @@ def test_starts_as_torch_does():
 
 def test_heads_that_do_not_divide_are_refused():
     with pytest.raises(ConfigError, match=r"aggregator\.heads 8"):
-        Aggregator(AggregatorConfig(), 30, jax.random.key(0))
+        Aggregator(AggregatorConfig(), 30, 24, jax.random.key(0))
 
 
 def test_computes_in_bfloat16():

@@ -205,7 +205,7 @@ def bridge(request):
     aggregating, fusing = aggregator_from(shapes), fusion_from(config, shapes)
     with jax.set_mesh(make_mesh(MeshConfig(1), jax.devices()[:1])):
         aggregator = filled(
-            lambda key: Aggregator(aggregating, width, key), "aggregator", aggregator_rows(aggregating, width), tensors
+            lambda key: Aggregator(aggregating, width, 24, key), "aggregator", aggregator_rows(aggregating, width), tensors
         )
         fusion = filled(
             lambda key: Fusion(fusing, aggregating.features, width, embed.shape[1], key), "fusion", fusion_rows(fusing), tensors

@@ -49,7 +49,7 @@ def test_aggregator_of_the_published_width_is_torchs_post_norm_with_relu(slices)
     config = AggregatorConfig()
     with jax.set_mesh(one_device()):
         rows = at_root(aggregator_rows(config, width))
-        graphdef, params = filled(lambda: Aggregator(config, width, jax.random.key(0)), rows, state_of(module, PROJECTOR))
+        graphdef, params = filled(lambda: Aggregator(config, width, 24, jax.random.key(0)), rows, state_of(module, PROJECTOR))
         placed = jax.device_put(x.numpy(), RULES.sharding(jax.sharding.get_mesh(), "batch", None, None))
         found = np.asarray(jax.jit(lambda p, x: nnx.merge(graphdef, p)(x, RULES))(params, placed))
     with torch.no_grad():
