@@ -83,8 +83,12 @@ def _contrastive(experiment: Experiment, given: frozenset[str]) -> tuple[Experim
     found = _keep_given(experiment, encoders_of(experiment, given), given, next(filter(None, folders), ""))
     check_pairs(found)
     old, new = _flat(dataclasses.asdict(experiment)), _flat(dataclasses.asdict(found))
-    sizes = [name for name in new if old[name] != new[name] and name != "model.tokenizer"]
-    return found, [f"{name} {new[name]} from the folder (the config says {old[name]!r})" for name in sizes]
+    changed = [name for name in new if old[name] != new[name]]
+    places, lines = " and ".join(filter(None, folders)), []
+    for part, prefix in (("tower", "model.tower."), ("text encoder", "contrastive.text."), ("volumes", "visual.")):
+        count = sum(name.startswith(prefix) for name in changed)
+        lines += [f"{part}: {count} field{'s' * (count > 1)} from {places}"] if count else []
+    return found, lines
 
 
 def _whole(experiment: Experiment, given: frozenset[str], assumed: list[str]) -> tuple[Experiment, str]:

@@ -1,5 +1,6 @@
 """The text encoder: padding, lengths, dtypes, sizes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 
 from jaxmed.config import MeshConfig, TextEncoderConfig
 from jaxmed.models.text_encoder import TextEncoder
+from jaxmed.nn.dropout import Dropout
 from jaxmed.sharding import Rules, make_mesh
 
 RULES = Rules()
@@ -54,3 +56,38 @@ def test_bert_base_has_its_published_parameters():
     """109,482,240 with the pooler, which is not kept."""
     state = nnx.split(jax.eval_shape(lambda: TextEncoder(TextEncoderConfig(), jax.random.key(0))))[1]
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 109_482_240 - (768 * 768 + 768)
+
+
+def test_dropout_falls_where_bert_has_it():
+    """On embeddings, attention weights, outputs of attention and MLP, not on the MLP's hidden values; none of it, at rate 0, is
+    the plain encoder. Padding and other rows do not change a token's bits."""
+    config = dataclasses.replace(CONFIG, layers=1)
+    graphdef, state = nnx.split(jax.eval_shape(lambda: TextEncoder(config, jax.random.key(0))))
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), nnx.to_pure_dict(state))
+    ids = rng.integers(0, 29, (3, 9)).astype(np.int32)
+    mask = (np.arange(9) < np.array([[9], [5], [7]])).astype(np.int32)
+    places: list[tuple[int, ...]] = []
+
+    class Counted(Dropout):
+        def fold(self, number: jax.Array | int) -> "Counted":
+            return Counted(super().fold(number).bits, self.rate)
+
+        def __call__(self, x: jax.Array, rules: Rules, feature_axis: str | None) -> jax.Array:
+            places.append(x.shape)
+            return super().__call__(x, rules, feature_axis)
+
+    def run(rows: slice, rate: float) -> jax.Array:
+        samples = np.broadcast_to(np.arange(1, 4)[rows, None], ids[rows].shape)
+        drawn = Dropout.for_tokens(jax.random.key(5), jnp.asarray(samples), jnp.zeros_like(samples) + np.arange(9), rate)
+        model = nnx.merge(graphdef, params)
+        return model(ids[rows], mask[rows], RULES, jnp.float32, dropout=Counted(drawn.bits, rate))
+
+    with jax.set_mesh(make_mesh(MeshConfig(1), jax.devices()[:1])):
+        plain = nnx.merge(graphdef, params)(ids, mask, RULES, jnp.float32)
+        np.testing.assert_allclose(run(slice(0, 3), 0.0), plain, atol=1e-5)
+        width, heads = config.width, config.heads
+        assert places == [(3, 9, width), (3, 9, heads * 9), (3, 9, width), (3, 9, width)]
+        dropped = run(slice(0, 3), 0.3)
+        assert np.abs(np.asarray(dropped - plain)).max() > 0.1
+        np.testing.assert_allclose(run(slice(1, 2), 0.3), dropped[1:2], atol=1e-5)

@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from pair_case import ROWS, arrays, case, changed, mesh_of, step
+
+from jaxmed.train.init import blueprint, flatten
+from jaxmed.train.optim import make_optimizer
 
 ONE = (1, 1, 1, 1)
 
@@ -138,3 +142,16 @@ def test_temperature_and_accuracy(vectors, exp_scale):
     logits = (np.exp(4.37) if exp_scale else 4.37) * (image @ text.T)
     np.testing.assert_allclose(loss, by_hand(logits).mean(), rtol=1e-5)
     np.testing.assert_array_equal(right, (logits + logits.T).argmax(1) == np.arange(ROWS))
+
+
+def test_weight_decay_is_hugging_faces():
+    """Not on biases and the scales of norms; on the temperature, class token, positions and words. Without a gradient, what
+    moves is what decays."""
+    with jax.set_mesh(mesh_of(ONE)):
+        params = jax.tree.map(lambda x: jnp.ones(x.shape), blueprint(changed(), mesh_of(ONE)).trainable)
+        optimizer = make_optimizer(changed().optim, 3, params)
+        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    moved = {path for path, update in flatten(updates).items() if np.any(update)}
+    assert flatten(updates).keys() - moved == {path for path in flatten(updates) if path[-1] in ("bias", "scale")}
+    assert {path[-1] for path in moved} == {"weight", "logit_scale", "class_token", "positions", "words", "types"}
+    np.testing.assert_allclose(updates["logit_scale"], -3e-3 * 0.1, rtol=1e-6)
