@@ -155,6 +155,8 @@ def plan_llava_hf(values: Values, planner: Planner) -> ModelPlan:
     documents = export_documents.llava_hf_documents(experiment, dtype.name, size, extra, layers, head)
     place = documents["config.json"]["image_token_index"]
     notes.append(f"an image stands at the token <image>, id {place}; rows of the tables after the model's own are their mean")
+    if experiment.visual.pixels.aspect == "pad":
+        notes.append("images are padded: AutoProcessor needs a transformers with LlavaImageProcessor (4.44 lacks it)")
     written = {tensor.name for tensor in passed}
     left = {name: reason for name, reason in values.ignored.items() if _hf_name(name) not in written}
     text = chat_template(experiment.data.template)
