@@ -13,6 +13,20 @@ from typing import Any
 import jax.numpy as jnp
 from jax._src import source_info_util  # the public API gives no source line of an equation
 
+CALLS = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "remat2",
+    "checkpoint",
+    "remat",
+    "shard_map",
+    "custom_jvp_call",
+    "custom_vjp_call",
+}
+"""Primitives that run an inner jaxpr once"""
+
 
 @dataclass(frozen=True)
 class Equation:

@@ -3,8 +3,9 @@
 The jaxpr is walked in its order on one device's shapes. A buffer lives from the equation that makes it to its last reader.
 Which values get a buffer follows what XLA does: products, collectives, gathers, loops and kernels write theirs. A chain of
 elementwise operations or views is fused into its readers and costs what it is made of; it gets a buffer where a product or a
-collective reads it, and as soon as it is smaller than what it alone keeps alive (in place of a part of that, if one has its
-size). A loop holds its stacked inputs and outputs whole, and once what its body needs.
+collective reads it, and as soon as it is smaller than what it alone keeps alive (twice as small on GPUs, whose compiler holds
+the terms of a sum longer), in place of a part of that, if one has its size. A loop holds its stacked inputs and outputs whole,
+and once what its body needs.
 
 Every buffer carries a class from its birth (see jaxmed.plan.memory), so the peak is a sum of classes, none of them a remainder.
 """
@@ -14,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxmed.plan.jaxprs import explicit, gathers, inner_jaxprs, is_kernel, nbytes, on_host, source
+from jaxmed.plan.jaxprs import CALLS, explicit, gathers, inner_jaxprs, is_kernel, nbytes, on_host, source
+from jaxmed.plan.readers import cast_before, is_var, last_readers
 
 VIEWS = {
     "reshape", "squeeze", "expand_dims", "transpose", "slice", "rev", "broadcast_in_dim", "pvary", "pcast", "copy", "copy_p",
@@ -32,18 +34,6 @@ PRODUCTS = {
     "psum_invariant", "reduce_scatter", "all_to_all", "ppermute",
 }  # fmt: skip
 """Of the writers those whose operands must lie in memory; the others compute them as they read"""
-CALLS = {
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "remat2",
-    "checkpoint",
-    "remat",
-    "shard_map",
-    "custom_jvp_call",
-    "custom_vjp_call",
-}
 
 
 @dataclass(eq=False)
@@ -83,7 +73,9 @@ class Machine:
     """One device's memory while the program is played."""
 
     fuses: bool
-    """Whether chains are fused across inner functions (silu, where, ...) as well: on TPUs, not on GPUs"""
+    """Whether chains are fused across inner functions (silu, where, ...) as well: all but CPUs do"""
+    patience: float
+    """How many times its own size a chain may keep alive, alone, before it is written"""
     label: Callable[[Any, Any, "Machine"], str]
     """(equation, variable, machine) -> class of a new buffer"""
     depth: int = 0
@@ -126,17 +118,17 @@ class Machine:
         env: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
         for v in jaxpr.constvars:
             env[v] = Value(())
-        uses, last = _uses(jaxpr)
+        last, casts = last_readers(jaxpr), cast_before(jaxpr)
         for v in [*jaxpr.invars, *jaxpr.constvars]:
             if v not in last:
                 self.drop(env.pop(v))
         for index, eqn in enumerate(jaxpr.eqns):
-            read = [env.get(v, Value(())) if _is_var(v) else Value(()) for v in eqn.invars]
-            dying = {v for v in eqn.invars if _is_var(v) and last.get(v) == index and v in env}
+            read = [env.get(v, Value(())) if is_var(v) else Value(()) for v in eqn.invars]
+            dying = {v for v in eqn.invars if is_var(v) and last.get(v) == index and v in env}
             if eqn.primitive.name in PRODUCTS or is_kernel(eqn):
                 self.settle(eqn, env)
-                read = [env.get(v, Value(())) if _is_var(v) else Value(()) for v in eqn.invars]
-            made = self.step(eqn, read, dying, env, uses)
+                read = [env.get(v, Value(())) if is_var(v) else Value(()) for v in eqn.invars]
+            made = self.step(eqn, read, dying, env, casts)
             for v in dying:
                 if v in env:
                     self.drop(env.pop(v))
@@ -148,15 +140,15 @@ class Machine:
             self.compact(env)
         results = []
         for v in jaxpr.outvars:
-            if written and _is_var(v) and v in env and not env[v].ready:
+            if written and is_var(v) and v in env and not env[v].ready:
                 env[v] = self.materialise(env[v])
-            results.append(self.hold(env[v]) if _is_var(v) and v in env else Value(()))
+            results.append(self.hold(env[v]) if is_var(v) and v in env else Value(()))
         for value in env.values():
             self.drop(value)
         return results
 
-    def step(self, eqn: Any, read: list[Value], dying: set, env: dict, uses: dict) -> list[Value]:
-        """-> a held value an output"""
+    def step(self, eqn: Any, read: list[Value], dying: set, env: dict, casts: dict) -> list[Value]:
+        """-> a held value an output; `casts`: bytes of gathered arrays that are only read in a narrower type"""
         name = eqn.primitive.name
         if name == "scan":
             return self.scan(eqn, read, dying, env)
@@ -174,23 +166,24 @@ class Machine:
         for out in eqn.outvars:
             if not writes:
                 sources = tuple(dict.fromkeys(b for v in read for b in v.buffers))
-                ready = name in VIEWS and all(v.ready for v in read)
+                viewed = name in VIEWS or (name == "convert_element_type" and _is_cast(read[0], out))
+                ready = viewed and all(v.ready for v in read)
                 read_size = sum(nbytes(v.aval) for v in eqn.invars)
                 size = min(nbytes(out.aval), read_size) if name == "broadcast_in_dim" else nbytes(out.aval)
                 made.append(self.hold(Value(sources, weight, ready, size, (eqn, out))))
                 continue
-            made.append(self.write(eqn, out, read, dying, env, weight))
+            made.append(self.write(eqn, out, read, dying, env, weight, casts.get(out, nbytes(out.aval))))
         return made
 
     def settle(self, eqn: Any, env: dict) -> None:
         """Gives a buffer to the chains that an equation reads from memory."""
-        for v in {v for v in eqn.invars if _is_var(v) and v in env and not env[v].ready}:
+        for v in {v for v in eqn.invars if is_var(v) and v in env and not env[v].ready}:
             env[v] = self.materialise(env[v])
 
     def compact(self, env: dict) -> None:
         """Gives a buffer to chains that keep more alive, alone, than they would take."""
         for v, value in env.items():
-            if not value.ready and value.size < sum(b.bytes for b in value.buffers if b.readers == 1):
+            if not value.ready and self.patience * value.size < sum(b.bytes for b in value.buffers if b.readers == 1):
                 env[v] = self.materialise(value)
 
     def materialise(self, value: Value) -> Value:
@@ -207,14 +200,13 @@ class Machine:
         self.drop(value)
         return fresh
 
-    def write(self, eqn: Any, out: Any, read: list[Value], dying: set, env: dict, weight: bool) -> Value:
+    def write(self, eqn: Any, out: Any, read: list[Value], dying: set, env: dict, weight: bool, size: int) -> Value:
         """A buffer for an output, in place of one that dies here where the operation allows it."""
-        size = nbytes(out.aval)
         name = eqn.primitive.name
         in_place = name not in WRITERS and not is_kernel(eqn) and name != "reshard"
         candidates = eqn.invars[:1] if name == "dynamic_update_slice" else eqn.invars if in_place else ()
         for v in candidates:
-            if not (_is_var(v) and v in dying and v in env):
+            if not (is_var(v) and v in dying and v in env):
                 continue
             for b in env[v].buffers:
                 if b.bytes == size and b.readers == 1 and b.label not in ("frozen", "batch"):
@@ -230,7 +222,7 @@ class Machine:
     def _pass_on(self, invars: Sequence[Any], read: list[Value], dying: set, env: dict) -> list[Value]:
         """Held values for an inner jaxpr; what dies with this equation dies inside, where its last reader is."""
         passed = [self.hold(Value(v.buffers, v.weight, v.ready, v.size, v.what)) for v in read]
-        for v in {v for v in invars if _is_var(v)} & dying:
+        for v in {v for v in invars if is_var(v)} & dying:
             self.drop(env.pop(v))
         return passed
 
@@ -267,7 +259,7 @@ class Machine:
     def _carry(self, eqn: Any, v: Any, inner: Any, value: Value, dying: set, env: dict) -> Value:
         """The loop's own buffer for a carried value: the initial one if nobody else reads it."""
         size = nbytes(inner.aval)
-        if _is_var(v) and v in dying and v in env and [b.bytes for b in value.buffers] == [size]:
+        if is_var(v) and v in dying and v in env and [b.bytes for b in value.buffers] == [size]:
             (b,) = value.buffers
             if b.readers == 1 and b.label not in ("frozen", "batch"):
                 del env[v]
@@ -285,23 +277,10 @@ class Machine:
         return buffer
 
 
-def _uses(jaxpr: Any) -> tuple[dict, dict]:
-    """How many equations read a variable (results count as one more), and which is the last."""
-    uses: Counter = Counter()
-    last: dict[Any, int] = {}
-    for index, eqn in enumerate(jaxpr.eqns):
-        for v in {v for v in eqn.invars if _is_var(v)}:
-            uses[v] += 1
-            last[v] = index
-    for v in jaxpr.outvars:
-        if _is_var(v):
-            uses[v] += 2
-            last[v] = len(jaxpr.eqns)
-    return uses, last
-
-
-def _is_var(v: Any) -> bool:
-    return not hasattr(v, "val")
+def _is_cast(value: Value, out: Any) -> bool:
+    """Whether a gathered array was cast already, before it was gathered."""
+    gathered_ = value.weight and len(value.buffers) == 1 and value.buffers[0].label == "gathered weights"
+    return gathered_ and value.buffers[0].bytes == nbytes(out.aval)
 
 
 def _what(eqn: Any, out: Any) -> str:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxmed.plan.jaxprs import nbytes
 from jaxmed.plan.liveness import Machine, Value
@@ -12,7 +13,7 @@ N = 4 * 250 * 250
 
 def peak(f, *shapes, keep=True, fuses=False):
     jaxpr = jax.make_jaxpr(f)(*[jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]).jaxpr
-    machine = Machine(fuses, lambda eqn, out, machine: "made")
+    machine = Machine(fuses, 1.0, lambda eqn, out, machine: "made")
     arguments = []
     for v in jaxpr.invars:
         buffer = machine.make(nbytes(v.aval), "given", "")
@@ -83,3 +84,26 @@ def test_the_worst_moment_is_found_inside_calls():
         return jnp.sum(big)
 
     assert peak(lambda x: inner(x) + 1.0, SQUARE).bytes >= 7 * N
+
+
+def test_what_is_only_read_in_a_narrower_type_is_gathered_in_it():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))
+    of_rows, whole = PartitionSpec("fsdp", None), PartitionSpec(None, None)
+
+    def f(w, narrow):
+        w = jax.sharding.reshard(w, whole)
+        w = w.astype(jnp.bfloat16) if narrow else w * 2.0
+        return jnp.sum((w @ w).astype(jnp.float32))
+
+    def largest(narrow):
+        with jax.set_mesh(mesh):
+            given = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=NamedSharding(mesh, of_rows))
+            jaxpr = jax.make_jaxpr(lambda w: f(w, narrow))(given).jaxpr
+        machine = Machine(True, 1.0, lambda eqn, out, machine: "made")
+        held = machine.make(nbytes(jaxpr.invars[0].aval), "frozen", "")
+        held.readers += 2
+        machine.run(jaxpr, [Value((held,), weight=True)])
+        return machine.peak.classes["gathered weights"]
+
+    assert largest(narrow=True) == 2 * 256 * 256 * 2, "the gathered weight and its square"
+    assert largest(narrow=False) >= 4 * 256 * 256
