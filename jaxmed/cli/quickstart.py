@@ -1,23 +1,19 @@
 """`jaxmed quickstart`: the whole path on phantom chest CTs, through the very functions that real data goes through."""
 
 import dataclasses
-import json
 import os
-import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from jaxmed.cli import common, evaluate, generate
+from jaxmed.cli import common, evaluate
 from jaxmed.cli.encode import check_grid
+from jaxmed.cli.quickstart_folder import Clock, findings, open_folder, words_of, write_reports
 from jaxmed.config import Experiment
 from jaxmed.data.encode import encode_folder
 from jaxmed.data.phantom_dataset import PhantomDataset, make_dataset
-from jaxmed.data.phantom_reports import FindingScores, build_tokenizer, score_findings
-from jaxmed.data.records import load_records
-from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.errors import UserError
 from jaxmed.generate.journal import write_json
 
@@ -25,11 +21,16 @@ HELP = "The whole path on a laptop: phantom CTs, tokens, training, reports, scor
 
 DESCRIPTION = """Make phantom chest CTs and reports, encode them, train a small model from scratch, write reports for held-out
 phantoms, with their own volumes and with shuffled ones, and score both. Needs no network, no data and no accelerator.
-Interrupted, the same command goes on where it stopped."""
+Interrupted, the same command goes on where it stopped.
+
+    jaxmed quickstart                  # tokens of a fixed encoder, a language model: a few minutes
+    jaxmed quickstart --system vit3d   # a 3-D transformer pretrained by contrast, retrieval, fine-tuning: up to 25 minutes"""
 
 
 @dataclass(frozen=True)
 class Args:
+    system: Literal["btb3d", "vit3d"] = "btb3d"
+    """`btb3d`: tokens from files, as here; `vit3d`: a 3-D transformer pretrained by contrast (--system vit3d --help)"""
     out: str = "quickstart"
     """Folder for everything that is made"""
     studies: int = 4000
@@ -47,32 +48,16 @@ class Args:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
 
 
-class Clock:
-    """Seconds of all calls together: those of earlier, interrupted ones are kept beside the data."""
-
-    def __init__(self, out: str):
-        self.path, self.last = os.path.join(out, "seconds.json"), time.monotonic()
-        self.stages: dict[str, float] = {}
-        if os.path.exists(self.path):
-            with open(self.path, encoding="utf-8") as file:
-                self.stages = json.load(file)
-
-    def done(self, stage: str) -> None:
-        now = time.monotonic()
-        self.stages[stage] = round(self.stages.get(stage, 0.0) + now - self.last, 1)
-        self.last = now
-        write_json(self.path, self.stages)
-
-    @property
-    def total(self) -> float:
-        return round(sum(self.stages.values()), 1)
-
-
 def run(argv: list[str]) -> int:
+    if asked_system(argv) == "vit3d":
+        # imported late: it imports more
+        from jaxmed.cli import quickstart_vit3d
+
+        return quickstart_vit3d.run(argv)
     args: Args = common.parse(Args, argv, prog="jaxmed quickstart", description=DESCRIPTION)
     out = args.out
     finished = os.path.join(out, "summary.json")
-    _open(args)
+    open_folder(out, {k: v for k, v in dataclasses.asdict(args).items() if k not in ("system", "out")})
     print(
         f"jaxmed quickstart: {args.studies:,} phantom chest CTs with reports, a small model trained on them from scratch,\n"
         f"reports for {args.held_out} held-out phantoms, scored by finding. A few minutes on two cores; all goes to {out}/.",
@@ -87,7 +72,13 @@ def run(argv: list[str]) -> int:
     clock.done("encoding")
     train(experiment, os.path.join(out, "run"))
     clock.done("training")
-    answers = {kind: write_reports(out, experiment, data, kind) for kind in ("", "shuffled")}
+    embeddings = ["--embeddings", experiment.data.embeddings]
+    answers = {
+        kind: write_reports(
+            os.path.join(out, "run"), data.records["test"], embeddings, os.path.join(out, f"{kind or 'reports'}_vqa.json"), kind
+        )
+        for kind in ("", "shuffled")
+    }
     clock.done("reports")
     scores = {kind: findings(path, data) for kind, path in answers.items()}
     table = {
@@ -113,33 +104,21 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _open(args: Args) -> None:
-    """The folder belongs to one set of flags."""
-    path = os.path.join(args.out, "quickstart.json")
-    wanted = {k: v for k, v in dataclasses.asdict(args).items() if k != "out"}
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                found = json.load(file)
-            differ = [k for k in wanted if found.get(k) != wanted[k]]
-            if differ:
-                pairs = ", ".join(f"--{k.replace('_', '-')} {found.get(k)} there, {wanted[k]} now" for k in differ)
-                raise UserError(f"{args.out} was begun with other flags ({pairs}); give another --out, or the same flags")
-        else:
-            write_json(path, wanted)
-    except OSError as error:
-        raise UserError(f"{args.out}: cannot be made or read ({error.strerror}); give another --out") from error
+def asked_system(argv: list[str]) -> str:
+    """The last --system, each of which has flags of its own."""
+    found = Args.system
+    for place, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name == "--system":
+            found = value if equals else "".join(argv[place + 1 : place + 2])
+    return found
 
 
 def describe(args: Args, data: PhantomDataset) -> Experiment:
     """The shipped config with this folder's files; the tokenizer is made of the training reports' words."""
     experiment = common.load_experiment("quickstart")
     folder = os.path.join(args.out, "tokenizer")
-    if not os.path.exists(os.path.join(folder, "tokenizer.json")):
-        records, _ = load_records(data.records["train"])
-        build_tokenizer([turn.value for record in records for turn in record.turns], folder)
-    decoder = dataclasses.replace(experiment.model.decoder, vocab=Tokenizer.from_folder(folder).size)
+    decoder = dataclasses.replace(experiment.model.decoder, vocab=words_of(data.records["train"], folder))
     return dataclasses.replace(
         experiment,
         model=dataclasses.replace(experiment.model, decoder=decoder, tokenizer=folder),
@@ -155,27 +134,6 @@ def train(experiment: Experiment, out: str) -> None:
     from jaxmed.train.loop import fit
 
     fit(experiment, out, jax.local_devices()[:1])
-
-
-def write_reports(out: str, experiment: Experiment, data: PhantomDataset, control: str) -> str:
-    """One of the two result files; the model's own volumes, or another study's."""
-    path = os.path.join(out, f"{control or 'reports'}_vqa.json")
-    flags = ["--records", data.records["test"], "--embeddings", experiment.data.embeddings, "--out", path]
-    flags += ["--dtype", "float32", "--max-new-tokens", "64", "--batch", "64"]
-    flags += ["--control", control] if control else []
-    code = generate.run([os.path.join(out, "run"), *flags])
-    if code:
-        raise UserError(f"reports could not be written to {path}")
-    return path
-
-
-def findings(path: str, data: PhantomDataset) -> FindingScores:
-    with open(path, encoding="utf-8") as file:
-        studies = json.load(file)
-    with open(data.labels, encoding="utf-8") as file:
-        labels = json.load(file)
-    texts = {answer["id"]: answer["answer"] for study in studies for answer in study["conversations_out"]}
-    return score_findings(texts, labels)
 
 
 def report(out: str, summary: dict[str, Any], table: dict[str, dict[str, float]]) -> None:
