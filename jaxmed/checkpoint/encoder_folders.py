@@ -44,7 +44,7 @@ from jaxmed.data.tokenizer import has_tokenizer
 from jaxmed.distributed import say
 from jaxmed.errors import UserError
 from jaxmed.models.contrastive import Contrastive
-from jaxmed.models.presets import TINY
+from jaxmed.models.presets import NO_DECODER
 from jaxmed.models.vit import Vit
 
 _HEADS = ("vision.heads", "slice_encoder.heads", "text.heads")
@@ -92,7 +92,7 @@ class EncoderFolder(PartFolder):
 def contrastive_experiment(folder: EncoderFolder) -> Experiment:
     """The config of a run that would train the same model. (The decoder is never built.)"""
     return Experiment(
-        model=ModelConfig(decoder=TINY, tower=folder.tower, dtype="float32"),
+        model=ModelConfig(decoder=NO_DECODER, tower=folder.tower, dtype="float32"),
         visual=folder.visual,
         lora=LoraConfig(rank=0),
         train=TrainConfig(trainable="all", train_tower=True),
