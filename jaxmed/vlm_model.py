@@ -29,6 +29,7 @@ from jaxmed.data.records import Record, known_records, settle
 from jaxmed.data.tokenizer import IGNORE
 from jaxmed.errors import UserError
 from jaxmed.generate import features
+from jaxmed.generate.placement import fetched, placed
 from jaxmed.generate.prompts import Prompt, bucket_of, check, left_padded, put
 from jaxmed.generate.training_rows import training_batch
 from jaxmed.text_model import ImageInput, PromptInput, TextModel, same_number
@@ -56,8 +57,8 @@ class Model(TextModel):
         result = []
         for image, prompt in zip(images, prompts, strict=True):
             batch = self._batch(self.prompt(image, prompt, template))
-            logits = np.asarray(self.engine.apply(features.logits, batch))[0]
-            result.append(logits[np.asarray(batch.segment_ids)[0] != 0][:, :size])
+            logits = fetched(self.engine.apply(features.logits, batch))[0]
+            result.append(logits[fetched(batch.segment_ids)[0] != 0][:, :size])
         return result
 
     def image_features(self, images: Sequence[ImageInput], hidden: bool = False) -> Any:
@@ -66,14 +67,14 @@ class Model(TextModel):
         With `hidden`, also every block's output of the tower, all tokens, before selection and the final norm: a pair of that
         list and a list of [blocks, N', C] an image (slices: [blocks, S, N', C]).
         """
-        found = [np.asarray(self._of_image(features.image_features, i), np.float32)[0, 0] for i in images]
+        found = [self._of_image(features.image_features, i)[0, 0] for i in images]
         visual = self.experiment.visual
         found = [f[: token_count(image.grid, visual)] for f, image in zip(found, map(self.read, images), strict=True)]
         if not hidden:
             return found
         if not self.experiment.has_tower:
             raise UserError("hidden=True: this model reads token files and has no tower whose blocks could be shown")
-        blocks = [np.asarray(self._of_image(features.hidden_states, i), np.float32) for i in images]
+        blocks = [self._of_image(features.hidden_states, i) for i in images]
         slices = visual.kind == "slices"
         return found, [b[:, : visual.slices] if slices else b[:, 0] for b in blocks]
 
@@ -88,7 +89,7 @@ class Model(TextModel):
         result = []
         for image, prompt in zip(images, prompts if fused else [None] * len(images), strict=True):
             made = self.prompt(image, prompt, template) if fused else self._shown(image)
-            tokens = self.engine.apply(features.image_tokens, self._batch(made))
+            tokens = fetched(self.engine.apply(features.image_tokens, self._batch(made)))
             shown = made.images[0]
             places = self.experiment.places(token_count(shown.grid, self.experiment.visual), shown.grid)
             result.append(np.asarray(tokens, np.float32)[0, :places])
@@ -97,7 +98,7 @@ class Model(TextModel):
     def volume_features(self, images: Sequence[ImageInput]) -> list[np.ndarray]:
         """SAMF's features of whole volumes, from the aggregator: [F] float32 an image."""
         self._needs_fusion("volume_features")
-        return [np.asarray(self._of_image(features.volume_features, i), np.float32)[0, 0] for i in images]
+        return [self._of_image(features.volume_features, i)[0, 0] for i in images]
 
     def fusion_weights(
         self, images: Sequence[ImageInput], prompts: Sequence[PromptInput], template: str = ""
@@ -108,8 +109,9 @@ class Model(TextModel):
         result = []
         for image, prompt in zip(images, prompts, strict=True):
             batch = self._batch(self.prompt(image, prompt, template))
-            slices, text = (np.asarray(w, np.float32)[0, 0] for w in self.engine.apply(features.fusion_weights, batch))
-            result.append((slices, text[np.asarray(batch.segment_ids)[0] != 0]))
+            weights = self.engine.apply(features.fusion_weights, batch)
+            slices, text = (fetched(w).astype(np.float32)[0, 0] for w in weights)
+            result.append((slices, text[fetched(batch.segment_ids)[0] != 0]))
         return result
 
     def tower(self, inputs: np.ndarray) -> np.ndarray:
@@ -121,7 +123,7 @@ class Model(TextModel):
         padded = np.zeros((count, *inputs.shape[1:]), np.float32)
         padded[: len(inputs)] = inputs
         spec = self.rules.sharding(self.mesh, "batch", *[None] * (inputs.ndim - 1))
-        return np.asarray(self.engine.apply(features.tower, jax.device_put(padded, spec)), np.float32)[: len(inputs)]
+        return fetched(self.engine.apply(features.tower, placed(padded, spec))).astype(np.float32)[: len(inputs)]
 
     def _needs_fusion(self, name: str) -> None:
         if self.experiment.model.fusion.kind == "none":
@@ -133,8 +135,8 @@ class Model(TextModel):
         check(made, self.experiment, "image")
         return made
 
-    def _of_image(self, compute: Any, image: ImageInput) -> Any:
-        return self.engine.apply(compute, self._batch(self._shown(image)))
+    def _of_image(self, compute: Any, image: ImageInput) -> np.ndarray:
+        return fetched(self.engine.apply(compute, self._batch(self._shown(image)))).astype(np.float32)
 
     def _batch(self, prompt: Prompt) -> Any:
         """A prompt alone on the mesh."""

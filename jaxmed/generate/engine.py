@@ -7,6 +7,7 @@
 
 Prompts are padded on the left to the bucket, so one cursor serves the whole batch; an answer depends on its own prompt alone.
 Over context shards prompts lie in balanced order, and so does the cache; new tokens go round the shards.
+The mesh may span processes (jax.distributed): all call the engine together with the same prompts, and all get the answers.
 On CPU and GPU the blocks are split (a loop over separate arrays), on TPU stacked (a scan): see jaxmed.models.decoder.
 
 Axis letters: B batch, T bucket, R branches a row, G new tokens at most, C continuations of a branch, M tokens of one, D width,
@@ -27,6 +28,7 @@ from jax.sharding import Mesh
 from jaxmed.config import Experiment
 from jaxmed.generate.begin import begin
 from jaxmed.generate.likelihood import log_likelihoods
+from jaxmed.generate.placement import fetched, placed
 from jaxmed.generate.prompts import Rest, balanced, put
 from jaxmed.generate.sampling import NEGATIVE, Sampling, choose
 from jaxmed.models.vlm import Vlm
@@ -111,18 +113,22 @@ class Engine:
         -> tokens [B, R, G] int32, the end token included, and lengths [B, R] (0 where there is no prompt)."""
         with jax.set_mesh(self.mesh):
             program = dataclasses.replace(sampling, seed=0)  # one compilation for all seeds
-            keys = jax.device_put(keys, self.rules.sharding(self.mesh, "batch", None))
-            rest = self._placed_rest(rest)
+            rest, keys = self._placed_rest(rest), self._placed_keys(keys)
             tokens, lengths, _ = self._generate(self.params, batch, rest, keys, program, max_new_tokens)
-        return np.asarray(tokens), np.asarray(lengths)
+            return fetched(tokens), fetched(lengths)
 
     def score(self, batch: Batch, rest: Rest | None, continuations: np.ndarray) -> np.ndarray:
         """continuations [B, R, C, M] int32, -1 beyond their end -> log-likelihood of each token, given the prompt and those
         before it, [B, R, C, M] float32 (0 beyond the end)."""
         with jax.set_mesh(self.mesh):
             sharding = self.rules.sharding(self.mesh, "batch", None, None, None)
-            placed = jax.device_put(continuations.astype(np.int32), sharding)
-            return np.asarray(self._score(self.params, batch, self._placed_rest(rest), placed))
+            wanted = placed(continuations.astype(np.int32), sharding)
+            return fetched(self._score(self.params, batch, self._placed_rest(rest), wanted))
+
+    def _placed_keys(self, keys: jax.Array) -> jax.Array:
+        """Typed keys [B, R], as numbers on their way."""
+        words = placed(np.asarray(jax.random.key_data(keys)), self.rules.sharding(self.mesh, "batch", None, None))
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys))
 
     def _placed_rest(self, rest: Rest | None) -> Rest | None:
         if rest is None:
@@ -130,9 +136,8 @@ class Engine:
         rows = rest.tokens.shape[0]
         flat = {name: getattr(rest, name).reshape(rows, -1) for name in ("tokens", "positions", "valid")}
         row = self.rules.sharding(self.mesh, "batch", None)
-        placed = {name: jax.device_put(x, row) for name, x in flat.items()}
-        reach = jax.device_put(rest.reach, self.rules.sharding(self.mesh, "batch"))
-        return Rest(**placed, reach=reach, branches=rest.branches)
+        reach = placed(rest.reach, self.rules.sharding(self.mesh, "batch"))
+        return Rest(**{name: placed(x, row) for name, x in flat.items()}, reach=reach, branches=rest.branches)
 
     def apply(self, compute: Callable[[Vlm, Any, Rules], Any], inputs: Any) -> Any:
         """What `compute(model, inputs, rules)` gives (see jaxmed.generate.features), compiled once a function and shape; T of

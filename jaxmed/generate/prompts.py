@@ -20,6 +20,7 @@ from jaxmed.data.placeholders import PLACEHOLDER, image_start
 from jaxmed.data.rows import splice
 from jaxmed.data.tokenizer import IGNORE, IMAGE_ID, Tokenizer
 from jaxmed.errors import UserError
+from jaxmed.generate.placement import placed
 from jaxmed.sharding import Rules, balanced_order, batch_specs, to_shardings
 from jaxmed.types import Array, Batch
 
@@ -207,5 +208,5 @@ def balanced(batch: Batch, context: int) -> Batch:
 
 
 def put(batch: Batch, mesh: Mesh, rules: Rules) -> Batch:
-    """The same on the mesh's devices (all of this process)."""
-    return jax.tree.map(jax.device_put, batch, to_shardings(batch_specs(rules, batch.order, batch.images.ndim), mesh))
+    """The same on the mesh's devices."""
+    return jax.tree.map(placed, batch, to_shardings(batch_specs(rules, batch.order, batch.images.ndim), mesh))

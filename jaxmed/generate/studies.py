@@ -16,6 +16,7 @@ from jaxmed.data.records import IMAGE_TOKEN, Record, where
 from jaxmed.errors import BadRecords, Problem, UserError
 from jaxmed.generate.choices import answer_entry, choice_of, wordings
 from jaxmed.generate.control import controlled, exchanged
+from jaxmed.generate.group import Follower, shared_fault
 from jaxmed.generate.journal import Journal, write_json
 from jaxmed.generate.prompts import check
 from jaxmed.generate.request import Request
@@ -59,7 +60,7 @@ class Writer:
         self,
         share: Sequence[Sequence[Record]],
         everyone: Sequence[Record],
-        journal: Journal,
+        journal: Journal | Follower,
         skip: bool,
         finished: Callable[[Record], None],
         before_batch: Callable[[], None] = lambda: None,
@@ -98,10 +99,13 @@ class Writer:
         visual, problems, tasks = self.model.experiment.visual, [], []
         if not missing:
             return []
+        images, fault = (), ""
         try:
             images = tuple(read_input(input_path(self.request.folder, image, visual), visual) for image in source.images)
         except UserError as error:
-            return [Problem(where(record), str(error)) for record in missing]
+            fault = str(error)
+        if fault := shared_fault(fault):
+            return [Problem(where(record), fault) for record in missing]
         asked = {record.id for record in missing}
         for record in study:  # those that are done too: how prompts are laid out must not depend on an interruption
             shown = images
@@ -141,7 +145,7 @@ class Writer:
         (role, text), *others = turns
         return [(role, "\n".join([IMAGE_TOKEN] * len(record.images) + [text])), *others]
 
-    def _answered(self, family: Sequence[Answered], journal: Journal, finished: Callable[[Record], None]) -> None:
+    def _answered(self, family: Sequence[Answered], journal: Journal | Follower, finished: Callable[[Record], None]) -> None:
         """Writes down the answers of a row, and queues what its records ask next."""
         more = []
         for answered in family:

@@ -96,7 +96,7 @@ def unstacked(leaves: Leaves) -> Leaves:
             continue
         one = without_axes(leaf.sharding, 0)
         for layer in range(leaf.shape[0]):
-            result[layer_path(path, layer)] = jax.device_put(leaf[layer], one)
+            result[layer_path(path, layer)] = reshard(leaf[layer], one)
     return result
 
 

@@ -1,4 +1,4 @@
-"""What the processes of a job must have in common before they train: devices, config, versions, and the folder of the run."""
+"""What the processes of a job must have in common before they begin: devices, config, versions, and their folder."""
 
 import hashlib
 import json
@@ -25,12 +25,17 @@ FOLDER_SECONDS = 10.0
 
 def check_hosts(experiment: Experiment, out: str) -> None:
     """SharedError, in all processes, where one differs from the others. All call it together."""
+    check_processes(fields_of(experiment), out)
+
+
+def check_processes(fields: dict[str, Any], out: str) -> None:
+    """The same for whatever `fields` say a job does, and the folder that it writes to."""
     if jax.process_count() == 1:
         return
     if problem := unequal_devices([device.process_index for device in jax.devices()]):
         raise SharedError(problem)
     hosts = [f"process {i} (on {name})" for i, name in enumerate(gather_texts(socket.gethostname()))]
-    _check_configs(fields_of(experiment), hosts)
+    _check_configs(fields, hosts)
     _check_folder(out, hosts)
 
 
@@ -44,9 +49,9 @@ def unequal_devices(owners: Sequence[int]) -> str:
     return f"{', '.join(others)}, the other processes have {usual} devices each; give all processes equally many"
 
 
-def fields_of(experiment: Experiment) -> dict[str, Any]:
-    """What must be equal, by the name of the flag."""
-    values = _flat(json.loads(json.dumps(to_dict(experiment))))
+def fields_of(config: Any) -> dict[str, Any]:
+    """What must be equal of an Experiment, or of a command's arguments, by the name of the flag."""
+    values = _flat(json.loads(json.dumps(to_dict(config))))
     shared = {name: value for name, value in values.items() if not name.startswith(MAY_DIFFER)}
     return shared | {"jaxmed's version": jaxmed.__version__, "JAX's version": jax.__version__}
 
