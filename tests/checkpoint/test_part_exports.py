@@ -174,6 +174,20 @@ def test_m3d_clips_tower_is_upstreams_file(tmp_path):
     assert (model.folder.tower.image, model.folder.tower.heads) == ((8, 24, 21), 5)
 
 
+def test_scale_of_a_run_that_took_its_exponential(tmp_path):
+    """Upstream multiplies by what is written; the folder says by itself how many heads its text encoder has."""
+    own, _ = convert(CLIP3D, "orbax", tmp_path / "own")
+    config = json.loads((own / "config.json").read_text())
+    edit(own / "config.json", contrastive=config["contrastive"] | {"exp_scale": True})
+    out, plan = convert(str(own), "hf", tmp_path / "out")
+    written = open_folder(str(out)).arrays["logit_scale"]
+    np.testing.assert_allclose(written, np.exp(np.float32(4.37)), rtol=1e-6)
+    assert any("as its exponential" in note for note in plan.notes)
+    model = jaxmed.load(str(out), dtype="float32")
+    assert (model.folder.text.heads, model.folder.tower.heads, model.folder.text.norm_eps) == (3, 5, 1e-12)
+    np.testing.assert_allclose(model.scale, jaxmed.load(str(own), dtype="float32").scale, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["m3d_clip", "siglip", "mlp"])
 def test_dtype_is_chosen_and_rounding_is_no_difference(name, sources, tmp_path):
     to = "llava" if name == "mlp" else "hf"
