@@ -42,6 +42,16 @@ verdict() {
   echo "$worst"
 }
 
+# together ARGUMENT...: whether the processes of a command are one job, which ends with the first of them.
+together() {
+  local argument
+  [[ $1 != train ]] || return 0
+  for argument in "$@"; do
+    [[ $argument != --join ]] || return 0
+  done
+  return 1
+}
+
 # progress ARGUMENT...: how far a command has come, as one word; the same word after a restart means that nothing was gained.
 progress() {
   local out="" previous="" argument

@@ -7,8 +7,8 @@
 #   launch/local.sh 2 4 train quickstart --mesh.fsdp 8 --data.records quickstart/data/train.json \
 #       --data.embeddings quickstart/tokens --model.tokenizer quickstart/tokenizer --out runs/q
 #
-# Process I writes DIR/I.log (default: jaxmed-logs), process 0 is shown too. When a process of `train` dies, all end, and what
-# names the dead one is repeated; processes of `generate` are independent, and the others go on. Asked to end (SIGTERM, Ctrl-C), all
+# Process I writes DIR/I.log (default: jaxmed-logs), process 0 is shown too. When a process of `train` or of `generate --join` dies,
+# all end, and what names the dead one is repeated; other processes of `generate` are independent, and go on. Asked to end (SIGTERM, Ctrl-C), all
 # save at the same step. Exit code: 0; 2 or 1 for what a person must mend; 75 where the same command goes on, which it does by itself
 # up to R times. JAXMED names the program (default: jaxmed).
 set -euo pipefail
@@ -50,11 +50,12 @@ free_port() {
 }
 
 start() {
-  local port i share=()
+  local port i share=() apart=""
+  together "$@" || apart=1
   port=$(free_port)
   pids=() codes=()
   for ((i = 0; i < processes; i++)); do
-    if [[ $1 == generate ]]; then share=(--process "$i" --processes "$processes"); fi
+    if [[ -n $apart ]]; then share=(--process "$i" --processes "$processes"); fi
     : >"$logs/$i.log"
     JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices" \
       JAX_COORDINATOR_ADDRESS="localhost:$port" JAX_NUM_PROCESSES="$processes" JAX_PROCESS_ID="$i" PYTHONUNBUFFERED=1 \
@@ -85,7 +86,7 @@ end() { # the second time at once
 trap end TERM INT # children of a script ignore Ctrl-C
 trap 'signal_all KILL; kill $voice 2>/dev/null || true' EXIT
 
-follow() { # until all have ended; COMMAND
+follow() { # until all have ended; ARGUMENTS
   local i deadline=""
   while ((${#codes[@]} < processes)); do
     sleep 0.2 || true
@@ -99,8 +100,7 @@ follow() { # until all have ended; COMMAND
         fi
       fi
     done
-    # generate's processes are independent
-    if [[ $1 == train && -n $deadline ]] && ((SECONDS > deadline)); then signal_all KILL; fi
+    if [[ -n $deadline ]] && ((SECONDS > deadline)) && together "$@"; then signal_all KILL; fi
   done
   sleep 0.2
   kill "$voice" 2>/dev/null || true
@@ -111,7 +111,7 @@ follow() { # until all have ended; COMMAND
 before=""
 while true; do
   start "$@"
-  follow "$1"
+  follow "$@"
   code=$(verdict "${codes[@]}")
   ((code != 0)) || exit 0
   say "the processes ended with codes ${codes[*]}:"

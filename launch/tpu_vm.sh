@@ -70,7 +70,9 @@ case $command in
       python3 -m uv pip install -q --python jaxmed-venv/bin/python "./jaxmed[tpu]"'
     ;;
   run)
-    [[ ${1:-} == train ]] || { echo "tpu_vm.sh: run takes train and its arguments" >&2 && exit 2; }
+    # the hosts of a slice are one job, or its chips do not start
+    [[ ${1:-} == train || (${1:-} == generate && " $* " == *" --join "*) ]] ||
+      { echo "tpu_vm.sh: run takes train or generate --join, and its arguments" >&2 && exit 2; }
     printf -v arguments ' %q' "$@"
     # each host starts again by itself; they wait for each other for 50 s, and a host that is too early tries once more
     everywhere "rm -f jaxmed-end

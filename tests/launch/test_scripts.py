@@ -298,3 +298,18 @@ def test_tpu_workers_start_again_after_75(tmp_path: Path) -> None:
         worker = subprocess.run(["bash", "-c", remote.replace("sleep 5", "")], cwd=tmp_path, timeout=20)
         assert worker.returncode == verdict
         assert (tmp_path / "starts").read_text() == "/a b\n" * starts
+
+
+def test_processes_that_join_are_one_job(slurm: Stage) -> None:
+    """`generate --join`: no shares, and one death ends all, as with training."""
+    arguments = ("generate", "run", "--join", "--out", "x_vqa.json")
+    slurm.plan(_0=[(0, 50)], _1=[(137, 0.5)])
+    began = time.monotonic()
+    assert slurm.local("2", "1", *arguments).returncode == 75 and time.monotonic() - began < 20
+    assert slurm.started(1)["argv"] == list(arguments)
+    slurm.plan(_0=[(0, 0)] * 2, _1=[(0, 0)] * 2)
+    assert slurm.call(LAUNCH / "slurm.sbatch", *arguments).returncode == 0
+    assert slurm.started(1, 1)["argv"] == list(arguments)
+    assert "--kill-on-bad-exit=1" in (slurm.folder / "srun-options").read_text()
+    assert tpu("run", "generate", "run").returncode == 2
+    assert "jaxmed generate run --join" in tpu("run", *arguments).stdout.replace("\\", "")
