@@ -1,19 +1,19 @@
-"""Collectives of a compiled module, read from its text: kind, mesh axes, bytes, how often, and the source line.
+"""Collectives of a compiled module: kind, mesh axes, bytes, how often, and the source line.
 
-A loop's trip count is the backend's `known_trip_count` where it says one, else the bound in its condition (TPU modules do
-not say). Asynchronous halves count once, at their start; those hidden in async wrappers and fusions are found inside them. Mesh
-axes follow from replica groups or permute pairs: device numbers become coordinates, the axes are those that vary in a group.
+Asynchronous halves count once, at their start; those hidden in async wrappers and fusions are found inside them. Mesh axes
+follow from replica groups or permute pairs: device numbers become coordinates, the axes are those that vary in a group. What
+goes between slices of TPUs is handed to the host (`send` to the megascale runtime), and counts as `far`.
 """
 
-import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from jaxmed.plan import hlo
 from jaxmed.plan.sent import Collective, wire_bytes
 
 KINDS = {
@@ -25,194 +25,11 @@ KINDS = {
     "ragged-all-to-all": "all-to-all",
     "collective-broadcast": "permute",
 }
-_ITEM = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
-}
-_OPENING = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
+FAR = {"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter", "ALL_TO_ALL": "all-to-all"}
+"""Kinds of transfers between slices; others are between two of them"""
 
 
-@dataclass
-class Instruction:
-    name: str
-    opcode: str
-    result: str
-    """Type text of the result"""
-    operands: list[str]
-    rest: str
-    """Everything after the operands"""
-
-
-@dataclass
-class Module:
-    computations: dict[str, list[Instruction]] = field(default_factory=dict)
-    entry: str = ""
-    frames: dict[int, str] = field(default_factory=dict)
-    """stack_frame_id -> file:line, where the module has such a table"""
-
-
-def parse(text: str) -> Module:
-    module, lines = Module(frames=_frames(text)), None
-    for line in text.splitlines():
-        opening = _OPENING.match(line)
-        if opening and not line.startswith(" "):
-            name, lines = opening[2], []
-            module.entry = name if opening[1] else module.entry
-        elif lines is None:
-            continue
-        elif line.startswith(" "):
-            lines.append(line)
-        elif line == "}" or line.startswith("}, "):
-            found = (_LINE.match(whole) for whole in lines)
-            module.computations[name] = [_instruction(m[1], m[2]) for m in found if m]
-            lines = None
-        elif lines:  # an attribute that goes on: Pallas writes a kernel's metadata over several lines
-            lines[-1] += line
-    return module
-
-
-def _instruction(name: str, text: str) -> Instruction:
-    result, rest = _take_type(text)
-    opcode, _, tail = rest.partition("(")
-    inside, after = _take_parens(tail)
-    operands = re.findall(r"%([\w.\-]+)", inside) or [o.strip().split(" ")[-1] for o in inside.split(",") if o.strip()]
-    return Instruction(name, opcode.strip(), result, operands, f"({inside}){after}")
-
-
-def _take_type(text: str) -> tuple[str, str]:
-    if text.startswith("("):
-        inside, after = _take_parens(text[1:])
-        return inside, after.lstrip()
-    head, _, tail = text.partition(" ")
-    return head, tail
-
-
-def _take_parens(text: str) -> tuple[str, str]:
-    """Text up to the parenthesis that closes one opened before it, and the text after that."""
-    depth = 1
-    for index, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return text[:index], text[index + 1 :]
-    return text, ""
-
-
-def _frames(text: str) -> dict[int, str]:
-    """The module's tables FileNames, FileLocations and StackFrames, if it has them: innermost line of each frame."""
-    tables: dict[str, dict[int, str]] = {}
-    current: dict[int, str] | None = None
-    for line in text.splitlines():
-        if line.strip() in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
-            current = tables.setdefault(line.strip(), {})
-        elif current is not None and (found := re.match(r"^(\d+) (.*)$", line)):
-            current[int(found[1])] = found[2]
-        elif line.startswith(("ENTRY", "%")):
-            break
-    places = {}
-    for number, frame in tables.get("StackFrames", {}).items():
-        at = re.search(r"file_location_id=(\d+)", frame)
-        place = tables.get("FileLocations", {}).get(int(at[1]), "") if at else ""
-        file, line_ = re.search(r"file_name_id=(\d+)", place), re.search(r"line=(\d+)", place)
-        if file and line_:
-            places[number] = _short(tables["FileNames"].get(int(file[1]), "").strip('"'), line_[1])
-    return places
-
-
-def _short(path: str, line: str) -> str:
-    return f"{path[path.rfind('jaxmed/') :] if 'jaxmed/' in path else path}:{line}"
-
-
-def bytes_of(result: str) -> list[int]:
-    """Bytes of every array in a type's text."""
-    sizes = []
-    for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", result):
-        if dtype in _ITEM or dtype.startswith("f8"):
-            sizes.append(math.prod(int(d) for d in dims.split(",") if d) * _ITEM.get(dtype, 1))
-    return sizes
-
-
-def place(module: Module, instruction: Instruction) -> str:
-    """The source line of an instruction, else the name of the operation that it came from."""
-    direct = re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.rest)
-    if direct:
-        return _short(direct[1], direct[2])
-    frame = re.search(r"stack_frame_id=(\d+)", instruction.rest)
-    if frame and int(frame[1]) in module.frames:
-        return module.frames[int(frame[1])]
-    name = re.search(r'op_name="([^"]*)"', instruction.rest)
-    return name[1] if name else "the compiler's own"
-
-
-def runs(module: Module) -> dict[str, float]:
-    """How often each computation runs in one run of the module."""
-    times: dict[str, float] = {}
-
-    def visit(name: str, factor: float) -> None:
-        times[name] = times.get(name, 0.0) + factor
-        for instruction in module.computations.get(name, []):
-            trips = trip_count(module, instruction) if instruction.opcode == "while" else 1.0
-            for called in _called(instruction):
-                if called in module.computations:
-                    visit(called, factor * trips)
-
-    visit(module.entry, 1.0)
-    return times
-
-
-def _called(instruction: Instruction) -> list[str]:
-    names = []
-    for group in re.findall(
-        r"(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)", instruction.rest
-    ):
-        names.append(group)
-    for group in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", instruction.rest):
-        names += [n.strip().lstrip("%") for n in group.split(",")]
-    return names
-
-
-def trip_count(module: Module, loop: Instruction) -> float:
-    """Of a while; 1 where neither the backend nor its condition says."""
-    known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.rest)
-    if known:
-        return float(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-    return _bound(module, condition[1]) if condition else 1.0
-
-
-def _bound(module: Module, name: str) -> float:
-    """The constant that a loop's condition compares its counter with; counters start at 0 and go up by 1."""
-    body = module.computations.get(name, [])
-    constants = {}
-    for instruction in body:
-        number = re.match(r"\((\d+)\)", instruction.rest)
-        if instruction.opcode == "constant" and number:
-            constants[instruction.name] = int(number[1])
-    for instruction in body:
-        if instruction.opcode == "compare" and re.search(r"direction=(LT|GT|NE)", instruction.rest):
-            bounds = [constants[o] for o in instruction.operands if o in constants]
-            if bounds:
-                return float(bounds[0])
-        if instruction.opcode == "fusion" and (inner := re.search(r"calls=%?([\w.\-]+)", instruction.rest)):
-            outer = [constants[o] for o in instruction.operands if o in constants]
-            found = _bound(module, inner[1])
-            if found != 1.0 or outer:
-                return found if found != 1.0 else float(outer[0])
-    return 1.0
-
-
-def groups_of(instruction: Instruction) -> list[tuple[int, ...]]:
+def groups_of(instruction: hlo.Instruction) -> list[tuple[int, ...]]:
     """Sets of devices that a collective joins; pairs for a permute."""
     rest = instruction.rest
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
@@ -259,13 +76,16 @@ def axes_of(groups: Iterable[tuple[int, ...]], sizes: Mapping[str, int]) -> tupl
     return tuple(n for n in names if n in varying)
 
 
-def found(module: Module, sizes: Mapping[str, int]) -> list[Collective]:
+def found(module: hlo.Module, sizes: Mapping[str, int]) -> list[Collective]:
     """Every collective of the module with the bytes that one device sends."""
-    times = runs(module)
+    times = hlo.runs(module)
     everyone = [tuple(range(math.prod(sizes.values())))]
     result = []
     for name, body in module.computations.items():
         for instruction in body:
+            if times.get(name) and "_xla_megascale_transfer_type" in instruction.rest and instruction.opcode == "send":
+                result.append(_between_slices(module, instruction, times[name], sizes))
+                continue
             kind = KINDS.get(instruction.opcode.removesuffix("-start"))
             if kind is None or not times.get(name) or _goes_on(body, instruction):
                 continue
@@ -278,21 +98,40 @@ def found(module: Module, sizes: Mapping[str, int]) -> list[Collective]:
             if n > 1 and whole:
                 sent = whole if kind == "permute" else wire_bytes(kind, n, whole)
                 result.append(
-                    Collective(kind, axes, sent, times[name], place(module, instruction), shape[1] if shape else "", dims)
+                    Collective(kind, axes, sent, times[name], hlo.place(module, instruction), shape[1] if shape else "", dims)
                 )
     return result
 
 
-def _goes_on(body: list[Instruction], instruction: Instruction) -> bool:
+def _between_slices(module: hlo.Module, send: hlo.Instruction, times: float, sizes: Mapping[str, int]) -> Collective:
+    """What one device hands to the host for the devices in its place in the other slices."""
+    kind = FAR.get(re.search(r'_xla_megascale_transfer_type="(\w+)"', send.rest)[1], "permute")
+    members = re.search(r'_xla_megascale_target="\{([^}]*)\}', send.rest)
+    n = sum(_members(part) for part in members[1].split(",")) if members else 2
+    own = hlo.bytes_of(send.result)[0]
+    whole = own * n if kind in ("all-gather", "reduce-scatter") else own
+    axes = ("data",) if sizes["data"] % n == 0 else ("data", "fsdp") if sizes["data"] > 1 else ("fsdp",)
+    dtype, dims = re.search(r"\b([a-z]\w*)\[([\d,]*)\]", send.result).groups()
+    shape = tuple(int(d) for d in dims.split(",") if d)
+    return Collective(kind, axes, wire_bytes(kind, n, whole), times, hlo.place(module, send), dtype, shape, far=True)
+
+
+def _members(part: str) -> int:
+    """`3` or `0:3` -> how many numbers that is"""
+    first, _, last = part.partition(":")
+    return int(last or first) - int(first) + 1
+
+
+def _goes_on(body: list[hlo.Instruction], instruction: hlo.Instruction) -> bool:
     """Whether this is a later link of a TPU's fused asynchronous collective: a chain of fusions holds it once in each link (its
     start, the work that it hides behind, its end)."""
     starts = any("AsyncCollectiveStart" in other.rest for other in body)
     return "chain_id=" in instruction.rest and not starts
 
 
-def _whole(module: Module, computation: str, instruction: Instruction, kind: str) -> float:
+def _whole(module: hlo.Module, computation: str, instruction: hlo.Instruction, kind: str) -> float:
     """Bytes of the larger of operands and results on one device."""
-    made = bytes_of(instruction.result)
+    made = hlo.bytes_of(instruction.result)
     if instruction.opcode.endswith("-start") and kind in ("all-gather", "permute", "all-to-all", "reduce-scatter"):
         # (operands, results, handles): the operands come first
         half = len(instruction.operands)
@@ -304,9 +143,9 @@ def _whole(module: Module, computation: str, instruction: Instruction, kind: str
     return float(sum(made))
 
 
-def as_rows(module: Module, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+def as_rows(module: hlo.Module, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """As JSON."""
-    keys = ("kind", "axes", "bytes", "times", "source", "dtype", "shape")
+    keys = ("kind", "axes", "bytes", "times", "source", "dtype", "shape", "far")
     return [{k: getattr(c, k) for k in keys} for c in found(module, sizes)]
 
 
@@ -314,15 +153,13 @@ def from_rows(rows: Iterable[Mapping[str, Any]]) -> list[Collective]:
     return [Collective(**{**r, "axes": tuple(r["axes"]), "shape": tuple(r["shape"])}) for r in rows]
 
 
-def notes(module: Module, least: int = 1 << 26) -> list[str]:
-    """Copies of whole arrays that only change their layout, over 64 MB, once a loop run or more."""
-    times = runs(module)
-    lines = []
+def notes(module: hlo.Module, least: int = 1 << 26, most: int = 8) -> list[str]:
+    """Copies of whole arrays that only change their layout, over 64 MB: those that move most, one line a shape and place."""
+    times = hlo.runs(module)
+    moved: Counter[tuple[str, str, float]] = Counter()
     for name, body in module.computations.items():
         for instruction in body:
-            size = sum(bytes_of(instruction.result))
+            size = sum(hlo.bytes_of(instruction.result))
             if instruction.opcode == "copy" and size >= least and times.get(name):
-                lines.append(
-                    f"copy of {instruction.result.split('{')[0]}, {times[name]:.0f} times, at {place(module, instruction)}"
-                )
-    return sorted(set(itertools.islice(lines, 50)))
+                moved[instruction.result.split("{")[0], hlo.place(module, instruction), times[name]] += size * times[name]
+    return [f"copy of {shape}, {n:.0f} times, at {place}" for (shape, place, n), _ in moved.most_common(most)]

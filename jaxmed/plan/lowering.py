@@ -94,7 +94,7 @@ def compiler_notes(stderr: str) -> list[str]:
 def _child(request: Path) -> dict[str, Any]:
     import jax
 
-    from jaxmed.plan import collectives, programs
+    from jaxmed.plan import collectives, hlo, programs
     from jaxmed.sharding import make_mesh
 
     wanted = json.loads(request.read_text(encoding="utf-8"))
@@ -121,7 +121,7 @@ def _child(request: Path) -> dict[str, Any]:
     answer["used"] = memory["argument"] + memory["output"] - memory["alias"] + memory["temp"]
     if not text:
         return answer | {"text": "the compiler left no text of it"}
-    module = collectives.parse(text)
+    module = hlo.parse(text)
     return answer | {"collectives": collectives.as_rows(module, dict(mesh.shape)), "notes": collectives.notes(module)}
 
 

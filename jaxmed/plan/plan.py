@@ -92,7 +92,7 @@ def sent_part(experiment: Experiment, topology: Topology, found: Analysis, compi
         "axes": by_axis(rows),
         "stated": by_axis(found.sent),
         "least": found.least,
-        "dcn": sum(c.total * dcn_share(topology, mesh, c.axes) for c in rows),
+        "dcn": sum(c.total * _far(c, topology, mesh, read) for c in rows),
         "weights": sum(c.total for c in rows if "fsdp" in c.axes and c.kind in ("all-gather", "permute", "all-to-all")),
         "frozen_twice": found.frozen_twice,
         "rows": [
@@ -100,6 +100,13 @@ def sent_part(experiment: Experiment, topology: Topology, found: Analysis, compi
             for c in sent.merged(rows)
         ],
     }
+
+
+def _far(c: Collective, topology: Topology, mesh: dict[str, int], compiled: bool) -> float:
+    """The share of a collective's bytes that leaves its slice or node; a compiled TPU module has those apart."""
+    if compiled and topology.chip.platform == "tpu":
+        return float(c.far)
+    return dcn_share(topology, mesh, c.axes)
 
 
 def _checked(rows: list[Collective], found: Analysis) -> tuple[list[Collective], str]:

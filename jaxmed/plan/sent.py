@@ -32,6 +32,8 @@ class Collective:
     """Of the result on one device"""
     weight: bool = False
     """Whether a parameter is what is sent"""
+    far: bool = False
+    """Whether it goes between slices alone"""
 
     @property
     def total(self) -> float:
@@ -120,7 +122,7 @@ def merged(collectives: Iterable[Collective]) -> list[Collective]:
     """One row a (kind, axes, source), most bytes first; `bytes` then is the sum over all runs and `times` 1."""
     groups: dict[tuple, list[Collective]] = defaultdict(list)
     for c in collectives:
-        groups[c.kind, c.axes, c.source, c.weight].append(c)
+        groups[c.kind, c.axes, c.source, c.weight, c.far].append(c)
     rows = [replace(max(g, key=lambda c: c.total), bytes=sum(c.total for c in g), times=1.0) for g in groups.values()]
     return sorted(rows, key=lambda c: -c.bytes)
 

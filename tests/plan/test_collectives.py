@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 
-from jaxmed.plan import collectives
+from jaxmed.plan import collectives, hlo
 from jaxmed.plan.sent import stated, wire_bytes
 from jaxmed.sharding import AXES, Rules
 
@@ -55,7 +55,7 @@ def test_the_traced_program_states_what_the_hand_counts(program):
 
 def test_the_compiled_module_sends_what_the_hand_counts(program):
     _, text = program
-    module = collectives.parse(text)
+    module = hlo.parse(text)
     found = collectives.found(module, SIZES)
     sums = totals(found)
     assert sums["all-gather", ("fsdp",)] == GATHERED
@@ -104,7 +104,7 @@ ENTRY %main (p0: bf16[64,128]) -> bf16[64,128] {
 
 
 def test_a_tpu_loop_of_permutes_is_counted_by_its_conditions_bound():
-    found = {c.kind: c for c in collectives.found(collectives.parse(TPU), SIZES)}
+    found = {c.kind: c for c in collectives.found(hlo.parse(TPU), SIZES)}
     permute = found["permute"]
     assert (permute.bytes, permute.times, permute.axes) == (64 * 128 * 2, 11, ("fsdp",))
     assert permute.source == "jaxmed/nn/param.py:33"
@@ -123,7 +123,7 @@ def test_a_tpu_loop_of_permutes_is_counted_by_its_conditions_bound():
     ],
 )
 def test_replica_groups_in_all_their_spellings(rest, groups):
-    assert collectives.groups_of(collectives.Instruction("x", "all-reduce", "f32[]", [], rest)) == groups
+    assert collectives.groups_of(hlo.Instruction("x", "all-reduce", "f32[]", [], rest)) == groups
 
 
 def test_bytes_on_the_wire():
@@ -159,7 +159,7 @@ ENTRY %main (p0: bf16[24,128]) -> bf16[96,128] {
 
 
 def test_a_fused_asynchronous_gather_counts_once():
-    (gather,) = collectives.found(collectives.parse(CHAIN), SIZES)
+    (gather,) = collectives.found(hlo.parse(CHAIN), SIZES)
     assert (gather.kind, gather.axes, gather.bytes) == ("all-gather", ("fsdp",), 3 / 4 * 96 * 128 * 2)
 
 
@@ -185,8 +185,29 @@ backend_config={"known_trip_count":{"n":"13"}}
 
 
 def test_what_stands_after_a_kernel_with_metadata_of_several_lines_is_read():
-    module = collectives.parse(BROKEN)
+    module = hlo.parse(BROKEN)
     (gather,) = collectives.found(module, SIZES)
     assert (gather.kind, gather.times, gather.bytes) == ("all-gather", 13, 3 / 4 * 96 * 128 * 2)
     (kernel,) = (i for i in module.computations["body"] if i.opcode == "custom-call")
-    assert collectives.place(module, kernel) == "jaxmed/nn/attention.py:7"
+    assert hlo.place(module, kernel) == "jaxmed/nn/attention.py:7"
+
+
+BETWEEN = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (p0: bf16[12,8,128]) -> bf16[12,8,128] {
+  %p0 = bf16[12,8,128]{2,1,0} parameter(0)
+  %after-all.1 = token[] after-all()
+  %send.1 = (bf16[12,8,128]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}, token[]) send(%p0, %after-all.1), channel_id=8, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (bf16[12,8,128]{2,1,0}, u32[]{:S(2)}, token[]) recv(%after-all.1), channel_id=7, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %recv-done.1 = bf16[12,8,128]{2,1,0} recv-done(%recv.1), channel_id=7
+}
+"""
+
+
+def test_what_slices_send_each_other_is_counted_apart():
+    (summed,) = collectives.found(hlo.parse(BETWEEN), {"data": 4, "fsdp": 4, "context": 1, "tensor": 1})
+    assert (summed.kind, summed.axes, summed.far) == ("all-reduce", ("data",), True)
+    assert summed.bytes == 2 * 3 / 4 * 12 * 8 * 128 * 2

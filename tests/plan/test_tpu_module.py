@@ -1,0 +1,49 @@
+"""A small step compiled for a TPU slice that is not there: what its module sends (Linux x86-64 with libtpu)."""
+
+import importlib.util
+from collections import Counter
+
+import pytest
+from small import small
+
+from jaxmed.plan.analysis import analyse
+from jaxmed.plan.collectives import from_rows
+from jaxmed.plan.lowering import compile_step
+from jaxmed.plan.topology import parse_topology
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+LENGTH = 1024
+
+
+@pytest.fixture(scope="module")
+def step():
+    """-> what the plan states, and what the compiler made of it"""
+    experiment = small(mesh=(1, 4, 2, 1), length=LENGTH, dtype="bfloat16")
+    topology = parse_topology("v5p:2x2x2")
+    return analyse(experiment, topology, "train", LENGTH), compile_step(experiment, topology, "train", LENGTH)
+
+
+def test_the_module_can_be_read_although_libtpu_cannot_print_it(step):
+    _, compiled = step
+    assert compiled.text == "" and compiled.collectives and compiled.memory["argument"] > 0
+
+
+def test_weights_are_sent_twice_and_no_more(step):
+    """Gathers and permutes over fsdp, times their loops' lengths: what the traced program states, and at most 2 (n - 1) / n of
+    the frozen bytes but for the adapters."""
+    found, compiled = step
+    rows = from_rows(compiled.collectives)
+    sent = sum(c.total for c in rows if "fsdp" in c.axes and c.kind in ("all-gather", "permute", "all-to-all"))
+    stated = sum(c.total for c in found.sent if c.axes == ("fsdp",) and c.kind == "all-gather" and c.dtype == "bfloat16")
+    adapters = sum(c.total for c in found.sent if c.axes == ("fsdp",) and c.kind == "all-gather" and c.dtype == "float32")
+    assert sent == pytest.approx(stated + adapters / 2, rel=0.03), "adapters are cast before they are gathered"
+    assert sent <= 1.05 * found.frozen_twice + adapters / 2
+
+
+def test_gradients_that_are_summed_are_the_adapters(step):
+    """Nothing of a frozen matrix's size is summed over fsdp."""
+    _, compiled = step
+    summed = Counter(tuple(sorted(c["shape"])) for c in compiled.collectives if c["kind"] in ("all-reduce", "reduce-scatter"))
+    matrices = {(128, 128), (64, 128), (128, 384), (128, 768)}
+    assert not {tuple(n for n in shape if n > 1) for shape in summed} & matrices
+    assert any(6 in shape for shape in summed), "the adapters' are"
