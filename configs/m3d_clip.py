@@ -1,7 +1,7 @@
 """M3D-CLIP: a ViT3D and BERT pretrained by contrast of CT volumes with their reports; the ViT then sees for the two stages.
 
     jaxmed train m3d_clip --contrastive.text-folder bert-base-uncased --data.records M3D_Cap.json:train \
-        --data.volumes M3D_Cap_npy/ --out runs/clip
+        --data.volumes M3D/ --out runs/clip
 
 The published values: 256 pairs a step told from each other on all devices together, 100 epochs, the temperature used as it is.
 Where 256 volumes do not fit at once, --data.microbatches 16 takes them in 16 chunks and changes no number. The run goes into

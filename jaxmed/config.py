@@ -97,7 +97,8 @@ class DataConfig:
     """File of requests for reports that have none of their own, one a line ({region} for a region's); training draws among
     them, evaluation and generation ask with the first. "": a list that comes with jaxmed."""
     region_weights: tuple[float, ...] = ()
-    """Shares of chest, abdomen and pelvis among the region reports of an epoch, such as 1 1 1; (): each report once."""
+    """Shares of chest, abdomen and pelvis among the region reports of an epoch, such as 1 1 1; (): each report once. In a
+    mixture where a set names its own, for no other."""
     embeddings: str = ""
     """Folder of .npz tokens, one file a volume."""
     volumes: str = ""

@@ -1,6 +1,6 @@
 """Frozen dataclasses of the image side: how files become what a tower or a projector reads, and how volumes become tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
 from jaxmed.model_config import require
@@ -71,6 +71,11 @@ class PrepareConfig:
         require(self.index >= -1, f"visual.prepare.index is {self.index}; it counts from 0 (-1: no file of four axes)")
         known = self.hu != "csv" or self.metadata
         require(known, "visual.prepare.hu is csv, which takes slope and intercept of a CSV; give it as visual.prepare.metadata")
+
+    def for_data_of(self, other: "PrepareConfig") -> "PrepareConfig":
+        """The numbers that a tower is used to, as here; where files lie and how training varies them, as `other` says."""
+        own = ("metadata", "index", "series", "cache", "augment")
+        return replace(self, **{name: getattr(other, name) for name in own})
 
 
 @dataclass(frozen=True)

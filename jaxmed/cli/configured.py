@@ -74,7 +74,28 @@ def _of_config(name: str, base: str, tower: str, overrides: dict[str, str]) -> C
     for key, value in overrides.items():
         experiment = replace_field(experiment, OVERRIDES.get(key, key), value)
     folders = {"base": base or experiment.model.base, "tower_folder": tower or experiment.model.tower_folder}
-    return Configured(name, replace(experiment, model=replace(experiment.model, **folders)))
+    experiment = replace(experiment, model=replace(experiment.model, **folders))
+    if experiment.model.tower.kind == "none":
+        return Configured(name, experiment)
+    return Configured(name, _sized(experiment, frozenset(OVERRIDES.get(key, key) for key in overrides)))
+
+
+def _sized(experiment: Experiment, given: frozenset[str]) -> Experiment:
+    """The tower's sizes, and what it reads, as its folder has them, as in training. `given`: fields that --set sets."""
+    model = experiment.model
+    # JAX takes a second to import, and configs alone do without.
+    if model.base:
+        from jaxmed.checkpoint.folder_kinds import WHOLE, detect_base
+
+        if detect_base(model.base) in WHOLE:
+            raise UserError(f"{model.base}: is a whole model, with a tower of its own; give it in the config's place")
+    if not model.tower_folder:
+        return experiment
+    from jaxmed.cli.validate_pairs import with_pretrained_tower
+
+    # nothing is changed at random here, and what may be turned in training depends on the sizes
+    visual = replace(experiment.visual, prepare=replace(experiment.visual.prepare, augment="none"))
+    return with_pretrained_tower(replace(experiment, visual=visual), given)
 
 
 def _of_folder(name: str, base: str, tower: str, overrides: dict[str, str]) -> Configured:
@@ -91,5 +112,6 @@ def _of_folder(name: str, base: str, tower: str, overrides: dict[str, str]) -> C
         return Configured(name, towers.of_run(name))
     if towers.reads_tower_tokens(name):
         experiment = towers.of_run(name)
-        return Configured(name, replace(experiment, model=replace(experiment.model, tower_folder=tower)))
+        known = tower or experiment.model.tower_folder
+        return Configured(name, replace(experiment, model=replace(experiment.model, tower_folder=known)))
     return Configured(name, api.resolve(name, base, "float32", overrides, tower))

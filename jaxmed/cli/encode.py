@@ -150,7 +150,10 @@ def _tower(args: Args, found: Configured) -> int:
     summary = encode_tower.encode_folder(args.volumes, args.out, tower, args.store, args.on_bad_record, args.processes)
     report(summary, args.out, "preparation")
     kept = " --no-train.train-tower" * experiment.train.train_tower
-    print(f"To train on them, the tower frozen: --visual.kind embeddings --data.embeddings {args.out}{kept}")
+    # a run that knows its tower is asked about volumes without being told of it again
+    folder = experiment.model.tower_folder
+    named = f" --model.tower-folder {folder}" if folder else ""
+    print(f"To train on them, the tower frozen: --visual.kind embeddings --data.embeddings {args.out}{named}{kept}")
     return 0
 
 

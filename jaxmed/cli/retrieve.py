@@ -21,7 +21,7 @@ DESCRIPTION = """Rank the reports for every volume and the volumes for every rep
 folder of M3D-CLIP, and count who finds its partner among the first k. Where texts repeat, a second count takes any candidate
 with the query's own words. Chance is what a model finds that sees nothing.
 
-    jaxmed retrieve runs/clip --records M3D_Cap.json:test --volumes M3D_Cap_npy/ --limit 2000 --out retrieval.json"""
+    jaxmed retrieve runs/clip --records M3D_Cap.json:test --volumes M3D/ --limit 2000 --out retrieval.json"""
 NEAREST = 10
 """Places of each ranking that are written"""
 

@@ -72,7 +72,8 @@ def resolve(experiment: Experiment, given: Iterable[str]) -> tuple[Experiment, l
 def _tower_apart(experiment: Experiment) -> bool:
     """Whether a folder of its own says what the tower is: beside a whole model of others that model does."""
     folder, base = experiment.model.tower_folder, experiment.model.base
-    return experiment.has_tower and bool(folder) and (is_own(folder) or not base or detect_base(base) not in WHOLE)
+    has_tower = experiment.has_tower or (experiment.model.tower.kind == "vit3d" and experiment.visual.kind == "embeddings")
+    return has_tower and bool(folder) and (is_own(folder) or not base or detect_base(base) not in WHOLE)
 
 
 def _contrastive(experiment: Experiment, given: frozenset[str]) -> tuple[Experiment, list[str]]:
@@ -111,7 +112,9 @@ def _grafted(experiment: Experiment, found: Experiment, base: str) -> Experiment
         tokenizer=own.tokenizer or found.model.tokenizer,
         tower_source=own.tower_source,
     )
-    visual = dataclasses.replace(found.visual, images=experiment.visual.images, window=experiment.visual.window)
+    asked = experiment.visual
+    prepare = found.visual.prepare.for_data_of(asked.prepare)
+    visual = dataclasses.replace(found.visual, images=asked.images, window=asked.window, prepare=prepare)
     lora = dataclasses.replace(found.lora, dropout=experiment.lora.dropout) if found.lora.rank else experiment.lora
     embed = found.train.train_embed_tokens or experiment.train.train_embed_tokens
     train = dataclasses.replace(experiment.train, train_embed_tokens=embed)
@@ -206,11 +209,12 @@ def _from_run(experiment: Experiment, run: Experiment) -> Experiment:
     )
     lora = dataclasses.replace(run.lora, dropout=experiment.lora.dropout) if run.lora.rank else experiment.lora
     signature = read_meta(os.path.join(adapter, FOLDER), newest(adapter))["encoder"]
-    visual = dataclasses.replace(run.visual, images=experiment.visual.images, encoder=run.visual.encoder or signature)
-    if experiment.model.tower.kind == run.model.tower.kind and _same_tokens(run, experiment.visual.kind):
+    asked = experiment.visual
+    prepare = run.visual.prepare.for_data_of(asked.prepare)
+    visual = dataclasses.replace(run.visual, images=asked.images, encoder=run.visual.encoder or signature, prepare=prepare)
+    if experiment.model.tower.kind == run.model.tower.kind and _same_tokens(run, asked.kind):
         # the tower may be trained from now on, and then its tokens are others
-        signed = "" if experiment.visual.kind == "volumes" else visual.encoder
-        visual = dataclasses.replace(visual, kind=experiment.visual.kind, encoder=signed)
+        visual = dataclasses.replace(visual, kind=asked.kind, encoder="" if asked.kind == "volumes" else visual.encoder)
     embed = run.train.train_embed_tokens or experiment.train.train_embed_tokens
     train = dataclasses.replace(experiment.train, train_embed_tokens=embed)
     data = experiment.data if run.model.tower.kind == "none" else _texts_of(experiment, run)

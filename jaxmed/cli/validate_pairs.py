@@ -103,6 +103,9 @@ def with_pretrained_tower(experiment: Experiment, given: frozenset[str]) -> Expe
         found.tower, select_layer=own.select_layer, select_feature=own.select_feature, final_norm=own.final_norm
     )
     asked = experiment.visual
-    prepare = found.visual.prepare if is_own(folder) else asked.prepare
-    visual = dataclasses.replace(_seen_by(tower, found.visual), images=asked.images, positions=asked.positions, prepare=prepare)
+    prepare = found.visual.prepare.for_data_of(asked.prepare) if is_own(folder) else asked.prepare
+    kept = {"images": asked.images, "positions": asked.positions, "prepare": prepare}
+    if asked.kind == "embeddings":  # the tower's tokens, in files
+        kept |= {"kind": asked.kind, "encoder": asked.encoder}
+    visual = dataclasses.replace(_seen_by(tower, found.visual), **kept)
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, tower=tower), visual=visual)

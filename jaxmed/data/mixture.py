@@ -7,8 +7,9 @@
 Paths are taken from the file's own folder on. Without any `weight` every sample comes once an epoch. Weights are shares of an
 epoch's samples; how many these are is decided by `epoch`: `largest` (every set is seen whole at least once, smaller ones are
 repeated), `smallest` (nothing is repeated, of larger sets another part comes each epoch), the name of the set that is seen
-once, or a number. `cap` is the most that an epoch takes of a set, a number or `once`. The epoch's samples are a pure function
-of (seed, epoch), so a run goes on by its step number, at any process count.
+once, or a number. `cap` is the most that an epoch takes of a set, a number or `once`. `region_weights` of a set are its own;
+where no set has any, those of the run hold for all but CT-RATE's reports, split by `:regions`. The epoch's samples are a pure
+function of (seed, epoch), so a run goes on by its step number, at any process count.
 """
 
 import hashlib
@@ -46,6 +47,11 @@ class Member:
     cap: int = 0
     """Most samples that an epoch takes; 0: any number, -1: each at most once"""
     region_weights: tuple[float, ...] = ()
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the regions of its reports are found by a classifier, which leaves some of them nearly empty."""
+        return bool(parse(self.records).fields.get("by_region"))
 
     def image(self, name: str) -> str:
         return os.path.join(self.folder, name) if self.folder else name
@@ -212,9 +218,10 @@ def group_draw(
 ) -> GroupDraw | None:
     """The draw for samples with these (set, region); None where an epoch is every sample once.
 
-    `region_weights`: shares of chest, abdomen and pelvis in every set that does not name its own.
+    `region_weights`: the run's shares of chest, abdomen and pelvis; see `_weights`.
     """
     members = mixture.members if mixture else (Member("", ""),)
+    weights = _weights(members, tuple(region_weights))
     places: dict[tuple[str, str], list[int]] = {}
     for sample, key in enumerate(keys):
         places.setdefault(key, []).append(sample)
@@ -222,7 +229,7 @@ def group_draw(
     for member in members:
         own = {region: tuple(found) for (name, region), found in sorted(places.items()) if name == member.name}
         if own:
-            parts[member.name] = (own, _by_region(own, member.region_weights or tuple(region_weights)))
+            parts[member.name] = (own, _by_region(own, weights[member.name]))
     sizes = {name: sum(counts.values()) for name, (_, counts) in parts.items()}
     wanted = _by_set([member for member in members if member.name in parts], sizes, mixture.epoch if mixture else "largest")
     groups = []
@@ -232,6 +239,14 @@ def group_draw(
             groups.append(Group("/".join(filter(None, (name, region))) or "records", own[region], scaled))
     natural = all(group.count == len(group.samples) for group in groups) and sum(len(g.samples) for g in groups) == len(keys)
     return None if natural else GroupDraw(tuple(groups))
+
+
+def _weights(members: Sequence[Member], of_run: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
+    """{set: its region weights}: its own; where no set names any, the run's. Those would repeat the few reports that a
+    classifier gave to a region many times, and so hold for no set that is split, unless it says so itself."""
+    if any(member.region_weights for member in members):
+        of_run = ()
+    return {member.name: member.region_weights or (() if member.is_split else of_run) for member in members}
 
 
 def _by_region(own: Mapping[str, tuple[int, ...]], weights: Sequence[float]) -> dict[str, int]:

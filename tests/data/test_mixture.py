@@ -1,5 +1,6 @@
 """Mixtures: how many samples of each set an epoch has, that the draw is pure and goes on by step, and bad descriptions."""
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -54,6 +55,21 @@ def test_regions_by_weight():
     keys = [("amos", region) for _, region in REGIONAL] + [("ct", "")] * 100
     pair = [Member("amos", "", weight=1.0, region_weights=(1, 1, 1)), Member("ct", "", weight=1.0, cap=-1)]
     assert counts(*pair, keys=keys, epoch="amos") == {"amos/chest": 13, "amos/abdomen": 13, "amos/pelvis": 13, "ct": 39}
+
+
+def test_weights_of_the_run_repeat_no_nearly_empty_region_of_another_set(tmp_path):
+    (tmp_path / "reports.csv").write_text("")
+    split = Member("ct", f"{tmp_path}/reports.csv:regions")
+    keys = [("amos", region) for _, region in REGIONAL] + [("ct", "chest")] * 20 + [("ct", "pelvis")]
+    natural = {"ct/chest": 20, "ct/pelvis": 1}
+    even = {f"amos/{region}": 13 for region in ("chest", "abdomen", "pelvis")}
+    assert counts(Member("amos", ""), split, keys=keys, weights=(1, 1, 1)) == even | natural
+    own = Member("amos", "", region_weights=(1, 1, 1))  # what one set says of itself is of no other
+    assert counts(own, Member("ct", "split_before.json"), keys=keys, weights=(3, 2, 1)) == even | natural
+    asked = dataclasses.replace(split, region_weights=(1, 0, 1))
+    assert counts(own, asked, keys=keys, weights=(1, 1, 1)) == even | {"ct/chest": 20, "ct/pelvis": 20}
+    whole = Member("ct", "split_before.json")
+    assert counts(Member("amos", ""), whole, keys=keys, weights=(1, 0, 1))["ct/pelvis"] == 20
 
 
 def test_all_samples_of_a_group_come_equally_often():

@@ -1,5 +1,6 @@
 """Token files of a 3-D tower: training from them equals training from volumes, resuming, problems, the command."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +9,19 @@ import jax
 import nibabel
 import numpy as np
 import pytest
+import tyro
 
 from jaxmed import api
 from jaxmed.checkpoint.encoder_folders import open_encoder
 from jaxmed.checkpoint.manager import Checkpoints
+from jaxmed.cli import common, train
 from jaxmed.cli import encode as command
 from jaxmed.cli.configured import configured
-from jaxmed.cli.validate import resolve
-from jaxmed.config import LoraConfig, MeshConfig, to_json
+from jaxmed.cli.validate import given_flags, resolve
+from jaxmed.config import LoraConfig, MeshConfig, PrepareConfig, to_json
+from jaxmed.data.dataset import scan
 from jaxmed.data.embeddings import read_header
+from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.errors import BadRecords, UserError
 from jaxmed.generate import encode_tower
 from jaxmed.generate.tower import Tower, check_signature, of_encoder
@@ -178,18 +183,18 @@ def test_what_goes_on_from_a_run_on_tokens(experiment, tower, tmp_path):
     # as a config and a tower folder would have it: the language model is not the whole LaMed, which has a tower itself
     model = replace(experiment.model, base=str(VIT3D / "base"), tower_folder=CLIP, tokenizer=LAMED)
     data = replace(experiment.data, records=str(records))
-    train = replace(experiment.train, train_tower=True)
-    given = replace(experiment, model=model, data=data, train=train, lora=LoraConfig(rank=4))
+    tuned = replace(experiment.train, train_tower=True)
+    given = replace(experiment, model=model, data=data, train=tuned, lora=LoraConfig(rank=4))
     on_tokens = replace(given, visual=replace(given.visual, kind="embeddings"), model=replace(model, tower_folder=""))
     run = made_run(tmp_path / "run", on_tokens, encode_tower.signature(tower))
 
     on, _ = resolve(replace(given, model=replace(model, adapter=run)), ())
     assert on.has_tower and on.visual.kind == "volumes" and on.visual.encoder == ""
-    tokens = replace(on_tokens, model=replace(on_tokens.model, adapter=run), train=replace(train, train_tower=False))
+    tokens = replace(on_tokens, model=replace(on_tokens.model, adapter=run), train=replace(tuned, train_tower=False))
     on, _ = resolve(tokens, ("visual.kind",))
     assert not on.has_tower and on.visual.encoder == encode_tower.signature(tower)
     with pytest.raises(UserError, match=r"train\.train_tower: visual\.kind is embeddings"):
-        resolve(replace(tokens, train=train), ("visual.kind",))
+        resolve(replace(tokens, train=tuned), ("visual.kind",))
 
     # the tower that it saw is known by its signature, wherever it lies now
     found = configured(run, "", LAMED, {}, [], "encode").experiment
@@ -198,3 +203,42 @@ def test_what_goes_on_from_a_run_on_tokens(experiment, tower, tmp_path):
     with pytest.raises(UserError, match=r"run: was trained on tokens of vit3d-.*, this tower is vit3d-"):
         heads = replace(found.model.tower, heads=4)
         check_signature(Tower(replace(found, model=replace(found.model, tower=heads)), "float32"), found, "run")
+
+
+def test_what_encode_says_is_what_training_takes(tmp_path, capsys):
+    """A shipped config with a folder of another size: its folder decides, and the flags that are printed suffice."""
+    out = str(tmp_path / "tokens")
+    line = ["vit3d_align", "--volumes", str(VOLUMES), "--out", out, "--tower", CLIP, "--set", "vision.heads=5"]
+    assert command.run(line) == 0
+    flags = capsys.readouterr().out.splitlines()[-1].partition("frozen: ")[2].split()
+    turns = [{"from": "human", "value": "Report."}, {"from": "gpt", "value": "No effusion."}]
+    rows = [{"id": name, "image": name, "conversations": turns} for name in names()]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    flags += ["--model.base", str(VIT3D / "base"), "--data.records", str(tmp_path / "r.json")]
+    args = common.parse(train.Args, [*flags, "--out", "x"], prog="", description="", default=asked_of("vit3d_align"))
+    found, _ = resolve(args.experiment, given_flags(flags))
+    assert (found.visual.kind, found.visual.features, found.visual.grid) == ("embeddings", 30, (2, 4, 3))
+    assert not found.has_tower and found.visual.tokens == 24
+    assert len(scan(found, Tokenizer.from_folder(found.model.base, found.model.added_tokens), found.data.records).samples) == 4
+
+
+def asked_of(config):
+    return train.Args(common.load_experiment(config), out=tyro.MISSING)
+
+
+def test_a_run_says_how_volumes_are_prepared_and_not_how_they_are_varied(experiment, tmp_path):
+    prepare = PrepareConfig(preset="hu_window", window=(-160.0, 240.0), augment="none", cache="theirs")
+    made_run(tmp_path / "run", replace(experiment, visual=replace(experiment.visual, prepare=prepare)), "")
+    own = PrepareConfig(preset="amos_challenge", augment="intensity", cache=str(tmp_path), index=2)
+    asked = common.load_experiment("vit3d_amos")
+    data = replace(asked.data, records=str(VIT3D / "case.json"))
+    model = replace(asked.model, base=str(VIT3D / "base"), adapter=str(tmp_path / "run"))
+    asked = replace(asked, model=model, data=data, visual=replace(asked.visual, prepare=own))
+    found = resolve(asked, frozenset())[0].visual.prepare
+    assert (found.preset, found.window) == ("hu_window", (-160, 240))
+    assert (found.augment, found.cache, found.index) == ("intensity", str(tmp_path), 2)
+
+
+def test_a_whole_model_is_no_base_of_a_config():
+    with pytest.raises(UserError, match=r"lamed_merged: is a whole model, .* in the config's place"):
+        configured("vit3d_amos", LAMED, "", {}, [], "view")
