@@ -28,6 +28,8 @@ from jaxmed.config import Experiment, replace_field
 from jaxmed.distributed import say
 from jaxmed.encoders import ContrastiveModel, TowerModel, encoder_model
 from jaxmed.errors import UserError
+from jaxmed.generate.encode_tower import SIGNED, seen_as_trained
+from jaxmed.generate.tower import reads_tower_tokens
 from jaxmed.text_model import Choice, Generation
 from jaxmed.vlm_model import Model, Result
 
@@ -45,8 +47,9 @@ def load(
     """A model from any folder that `jaxmed convert` reads: a Model; a ContrastiveModel for M3D-CLIP, a TowerModel for a tower.
 
     base: the language model's folder, where `folder` holds an adapter alone and does not find it by itself.
-    tower: the image tower's folder, for models that have one apart.
-    mesh: None: every device of this process on the data axis.
+    tower: the image tower's folder, for models that have one apart. A run that was trained on the tokens of that tower reads
+        volumes with it (token files still, with overrides={"visual.kind": "embeddings"}).
+    mesh: None: every device of this process on the data axis. Over several processes, all of them call the model together.
     overrides: config fields that no file stores or that shall differ, such as {"lora.alpha": 15, "vision.heads": 3}.
     Nothing is read from the network. Raises UserError for a folder that cannot be used.
     """
@@ -71,11 +74,15 @@ def resolve(folder: str, base: str, dtype: str, overrides: Mapping[str, Any], to
     found = replace_field(found, "model.dtype", dtype)
     for name, value in overrides.items():
         found = replace_field(found, OVERRIDES.get(name, name), value)
+    if kind == "run" and found.has_tower and found.visual.encoder:
+        prepared = any(name.startswith(tuple(f"visual.prepare.{field}" for field in SIGNED)) for name in overrides)
+        found = seen_as_trained(found, folder, prepared)
     return found
 
 
 def _of_run(folder: str, base: str, tower: str) -> Experiment:
-    """A run's own config, its newest checkpoint as the adapter, base and tower where they are now."""
+    """A run's own config, its newest checkpoint as the adapter, base and tower where they are now. One that was trained on the
+    tokens of a tower, and gets that tower, reads volumes."""
     found = run_experiment(folder)
     if found.task == "contrastive":
         raise UserError(
@@ -88,11 +95,20 @@ def _of_run(folder: str, base: str, tower: str) -> Experiment:
             what, flag = ("base model", "base (--base)") if name == "base" else ("image tower", "tower (--tower)")
             raise UserError(f"{folder}: its {what} {place!r} is not on this machine; give its folder as {flag}")
     model = dataclasses.replace(found.model, adapter=folder, tokenizer=os.path.join(folder, "tokenizer"), **places)
-    if weights_identity(model) != meta["base_fingerprint"]:
+    to_volumes = bool(tower) and reads_tower_tokens(folder)
+    # the frozen weights of training; its config need not have named the tower, which files stood for
+    trained_with = dataclasses.replace(model, tower_folder=model.tower_folder if found.model.tower_folder else "")
+    if weights_identity(trained_with if to_volumes else model) != meta["base_fingerprint"]:
         given = " and ".join(place for place in places.values() if place)
         raise UserError(
             f"{folder}: was trained on other weights than those of {given}; give the right folders as base and tower "
             "(--base, --tower)"
         )
     visual = dataclasses.replace(found.visual, encoder=found.visual.encoder or meta["encoder"])
-    return dataclasses.replace(found, model=model, visual=visual)
+    train = found.train
+    if to_volumes:
+        visual, train = dataclasses.replace(visual, kind=model.tower.reads), dataclasses.replace(train, train_tower=False)
+        model = dataclasses.replace(model, tower_source="folder")
+        if not visual.encoder:
+            say(f"{folder}: its token files were not signed, so nothing shows whether the tower in {tower} wrote them")
+    return dataclasses.replace(found, model=model, visual=visual, train=train)

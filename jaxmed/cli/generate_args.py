@@ -119,8 +119,9 @@ def asked(args: Args, devices: Sequence[jax.Device]) -> Asked:
     defects = common.names(args.upstream_exact, UPSTREAM_DEFECTS, "--upstream-exact")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
     mesh = make_mesh(args.mesh, devices)
-    overrides = common.settings(args.set) | ({"visual.pixels.pad_grey": True} if "pad_grey" in defects else {})
-    model = load(args.folder, args.base, _tower(args), mesh, args.dtype, overrides)
+    tower, kind = _tower(args)
+    overrides = kind | common.settings(args.set) | ({"visual.pixels.pad_grey": True} if "pad_grey" in defects else {})
+    model = load(args.folder, args.base, tower, mesh, args.dtype, overrides)
     if not isinstance(model, Model):
         raise UserError(f"{args.folder}: holds encoders alone, which write no text; use it from Python (jaxmed.load)")
     for text in mesh_notices(model.experiment, dict(mesh.shape)):
@@ -143,24 +144,25 @@ def asked(args: Args, devices: Sequence[jax.Device]) -> Asked:
     return Asked(model, request, records, usable, problems, request.header(model))
 
 
-def _tower(args: Args) -> str:
-    """The tower's folder. A run on a tower's tokens needs one for --volumes alone."""
+def _tower(args: Args) -> tuple[str, dict[str, Any]]:
+    """The tower's folder, and overrides. A run on a tower's tokens needs that tower for --volumes alone."""
     from jaxmed.checkpoint.adapter import run_experiment
     from jaxmed.generate.tower import reads_tower_tokens
 
     if not (args.embeddings or args.volumes) or not reads_tower_tokens(args.folder):
-        return args.tower
+        return args.tower, {}
+    named = run_experiment(args.folder).model.tower_folder
     if args.embeddings:
-        if args.tower:
-            say(f"--tower {args.tower}: is not needed, --embeddings has its tokens")
-        return ""
-    tower = args.tower or run_experiment(args.folder).model.tower_folder
+        if args.tower and not named:
+            say(f"--tower {args.tower}: is not used, --embeddings has its tokens")
+        return args.tower if named else "", {"visual.kind": "embeddings"}
+    tower = args.tower or named
     if not tower:
         raise UserError(
             f"--volumes: {args.folder} was trained on the tokens of a tower, which it does not hold; give that tower's folder "
             "with --tower, or the token files with --embeddings"
         )
-    return tower
+    return tower, {}
 
 
 def _reading(experiment: Experiment, defects: Collection[str]) -> Reading:

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from jaxmed.config import PrepareConfig, TowerConfig, VisualConfig
+from jaxmed.config import ConfigError, Experiment, PrepareConfig, TowerConfig, VisualConfig, replace_field
 from jaxmed.data.embeddings import npz_name, write_npz
 from jaxmed.data.encode import EncodeSummary, Job, OnBadRecord, Work, collect, is_written, problem_of
 from jaxmed.data.inputs import check_header, read_prepared
@@ -31,12 +31,14 @@ from jaxmed.data.volume_cache import VERSION
 from jaxmed.data.volume_sources import find_volumes
 from jaxmed.data.windows import ahead
 from jaxmed.errors import BadRecords, Problem, UserError
-from jaxmed.generate.tower import Tower
+from jaxmed.generate.tower import Tower, check_signature
 
 Store = Literal["float32", "float16"]
 STORES: dict[Store, type[np.floating]] = {"float32": np.float32, "float16": np.float16}
 _PREPARATION = ("axes", "window", "crop", "hu")
 """Fields of the preparation that change what becomes of a volume; all but the first those of hu_window alone"""
+SIGNED = ("preset", *_PREPARATION)
+"""Fields of the preparation that a signature tells"""
 # A raw CT takes about 1 GB while it is prepared.
 MOST_PREPARED = 4
 
@@ -84,6 +86,33 @@ def preparation(visual: VisualConfig) -> str:
     names = _PREPARATION if visual.prepare.preset == "hu_window" else _PREPARATION[:1]
     other = [f"{name}={_word(own[name])}" for name in names if own[name] != usual[name]]
     return " ".join([f"{visual.prepare.preset}@{VERSION}", "x".join(map(str, visual.volume)), *other])
+
+
+def prepared_as(signed: str, visual: VisualConfig) -> VisualConfig:
+    """`visual` with the preparation that a signature tells of."""
+    _, preset, _, *others = signed.split(" ")
+    usual = PrepareConfig(preset=preset.partition("@")[0])
+    fields = {name: getattr(usual, name) for name in _PREPARATION}
+    for name, word in (other.split("=") for other in others):
+        fields[name] = getattr(replace_field(usual, name, word.lower()), name)
+    return replace(visual, prepare=replace(visual.prepare, preset=usual.preset, **fields))
+
+
+def seen_as_trained(experiment: Experiment, name: str, prepared: bool) -> Experiment:
+    """A run that was trained on a tower's signed tokens and shall run the tower itself: it reads volumes as the tower did then.
+    UserError for another tower, and for another preparation. `prepared`: the person has said how volumes are prepared."""
+    signed = experiment.visual.encoder
+    try:
+        visual = experiment.visual if prepared else prepared_as(signed, experiment.visual)
+    except (ValueError, ConfigError) as error:
+        raise UserError(f"{name}: was trained on tokens of {signed!r}, whose volumes cannot be prepared: {error}") from None
+    experiment = replace(experiment, visual=visual)
+    check(experiment.model.tower, visual, name)
+    check_signature(Tower(experiment, "float32", devices=jax.local_devices()[:1]), experiment, name)
+    then = signed.partition(" ")[2]
+    if then != preparation(visual):
+        raise UserError(f"{name}: was trained on volumes prepared by {then!r}, these would be by {preparation(visual)!r}")
+    return experiment
 
 
 def _word(value: Any) -> str:
