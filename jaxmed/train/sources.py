@@ -12,7 +12,7 @@ from jaxmed.data.plan import Plan
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.distributed import barrier, is_first, say, together
 from jaxmed.errors import BadRecords, Problem, UserError
-from jaxmed.train.volumes import fill_volumes
+from jaxmed.train.volumes import fill_volumes, without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,11 @@ def open_data(experiment: Experiment, out: str) -> Sources:
     _check_patients(experiment, train, held_out)
     for text in dict.fromkeys(train.notices + (held_out.notices if held_out else ())):
         say(text)
+    bad = fill_volumes(experiment, [found for found in (train, held_out) if found])
+    train = without(train, bad, experiment.data.records)
+    held_out = without(held_out, bad, experiment.data.eval_records) if held_out else None
     if train.draw:
         say(train.draw.describe())
-    fill_volumes(experiment, [found for found in (train, held_out) if found])
     drawn = repr(train.draw) if train.draw else ""
     digest = hashlib.sha256((repr([(s.record.id, s.size) for s in train.samples]) + drawn).encode()).hexdigest()
     folder = os.path.join(out, "tokenizer")
