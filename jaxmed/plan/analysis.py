@@ -7,7 +7,7 @@ import jax
 
 from jaxmed.config import Experiment
 from jaxmed.plan import counts, programs
-from jaxmed.plan.jaxprs import equations
+from jaxmed.plan.jaxprs import equations, is_kernel
 from jaxmed.plan.memory import Memory, estimate
 from jaxmed.plan.meshes import shape_of
 from jaxmed.plan.policy import policy_flops
@@ -26,6 +26,8 @@ class Analysis:
     """Of all devices: what the mathematics needs"""
     policy_flops: float
     """Of all devices: what the mathematics needs with what the remat policy computes again; 0 for generation"""
+    products: float
+    """Of all devices: the program's without its kernels"""
     kernels: list[str]
     """Kernels whose FLOPs are a formula's"""
     traffic: float
@@ -55,7 +57,7 @@ def analyse(experiment: Experiment, topology: Topology, step: programs.Step, len
         program = programs.trace(experiment, mesh, step, length, topology.chip.platform)
         trained, frozen = programs.parameter_counts(experiment, mesh)
     jaxpr = program.traced.jaxpr.jaxpr
-    flops = traffic = host = 0.0
+    flops = products = traffic = host = 0.0
     kernels: set[str] = set()
     known = True
     for equation in equations(jaxpr):
@@ -63,8 +65,10 @@ def analyse(experiment: Experiment, topology: Topology, step: programs.Step, len
         traffic += equation.traffic(topology.chip.on_chip) * equation.times
         host += equation.host_traffic * equation.times
         known &= equation.name != "while"
-        if equation.flops and equation.name not in ("dot_general", "conv_general_dilated"):
+        if is_kernel(equation.eqn):
             kernels.add(equation.name)
+        else:
+            products += equation.flops * equation.times
     sent = stated(jaxpr, sizes, counts.gathered_shapes(trained | frozen))
     by_axes: Counter[tuple[str, ...]] = Counter()
     for c in sent:
@@ -74,6 +78,7 @@ def analyse(experiment: Experiment, topology: Topology, step: programs.Step, len
         flops=flops * topology.count,
         model_flops=counts.model_flops(experiment, step, length, trained, frozen),
         policy_flops=policy_flops(experiment, length, trained, frozen, sorted(kernels)) if step == "train" else 0.0,
+        products=products * topology.count,
         kernels=sorted(kernels),
         traffic=traffic,
         sent=sent,

@@ -36,6 +36,8 @@ class Compiled:
     """False: the compiler refused for lack of memory"""
     flops: float = 0.0
     """The compiler's own count: loop bodies once"""
+    products: float = 0.0
+    """FLOPs of the module's products and convolutions on one device, times trip counts (see jaxmed.plan.hlo_flops)"""
     collectives: list[dict[str, Any]] = field(default_factory=list)
     """Of the compiled module, times trip counts (see jaxmed.plan.collectives)"""
     text: str = ""
@@ -94,7 +96,7 @@ def compiler_notes(stderr: str) -> list[str]:
 def _child(request: Path) -> dict[str, Any]:
     import jax
 
-    from jaxmed.plan import collectives, hlo, programs
+    from jaxmed.plan import collectives, hlo, hlo_flops, programs
     from jaxmed.sharding import make_mesh
 
     wanted = json.loads(request.read_text(encoding="utf-8"))
@@ -122,6 +124,7 @@ def _child(request: Path) -> dict[str, Any]:
     if not text:
         return answer | {"text": "the compiler left no text of it"}
     module = hlo.parse(text)
+    answer["products"] = hlo_flops.flops(module)
     return answer | {"collectives": collectives.as_rows(module, dict(mesh.shape)), "notes": collectives.notes(module)}
 
 

@@ -77,7 +77,10 @@ def flops_part(found: Analysis, compiled: Compiled | None, topology: Topology) -
         "device": found.flops / topology.count,
         "kernels_by_formula": found.kernels,
     }
-    return part | ({"compiler_loops_once": compiled.flops} if compiled else {})
+    if not compiled:
+        return part
+    read = {"compiled_over_traced": compiled.products * topology.count / found.products} if compiled.products else {}
+    return part | {"compiler_loops_once": compiled.flops} | read
 
 
 def sent_part(experiment: Experiment, topology: Topology, found: Analysis, compiled: Compiled | None) -> dict[str, Any]:

@@ -47,3 +47,10 @@ def test_gradients_that_are_summed_are_the_adapters(step):
     matrices = {(128, 128), (64, 128), (128, 384), (128, 768)}
     assert not {tuple(n for n in shape if n > 1) for shape in summed} & matrices
     assert any(6 in shape for shape in summed), "the adapters' are"
+
+
+def test_the_module_computes_what_the_traced_program_states(step):
+    """Products and convolutions, times their loops' lengths; TPUs write products as convolutions over padding."""
+    found, compiled = step
+    assert compiled.products * 8 == pytest.approx(found.products, rel=0.02)
+    assert found.flops <= 1.05 * found.policy_flops
