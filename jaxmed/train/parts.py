@@ -91,13 +91,6 @@ def encoder_inventory(build: Callable[[], nnx.Module], widths: Sequence[int], dt
     return Inventory(dict(zip(AXES, shape, strict=True)), parts, 0, 0)
 
 
-def tensor_inventory(arrays: Mapping[str, np.ndarray], name: str) -> Inventory:
-    """Of tensors that are one part, such as a projector alone, as their file has them."""
-    dtypes = "/".join(sorted({array.dtype.name for array in arrays.values()}))
-    sizes = (sum(array.size for array in arrays.values()), sum(array.nbytes for array in arrays.values()))
-    return Inventory(dict.fromkeys(AXES, 1), [Part(name, "frozen", dtypes, *sizes, sizes[1])], 0, 0)
-
-
 def _parts(halves: Mapping[str, Mapping[Path, Any]], count: Callable[[Path, Any], int]) -> list[Part]:
     """In the order of the computation."""
     groups: dict[tuple[str, str, str], list[tuple[Path, Any]]] = {}
