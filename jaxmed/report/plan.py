@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxmed.plan.verdict import gigabytes
 from jaxmed.report.page import write
 
 COLOURS = (
@@ -66,9 +65,9 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("FLOPs over the model's", f"{flops['ratio']:.2f}"),
     ]
     if plan["sent"]["dcn"]:
-        facts.append(("Between slices or nodes", f"{gigabytes(plan['sent']['dcn'])} a device and step"))
+        facts.append(("Between slices or nodes", f"{plan['sent']['dcn'] / 1e9:.2f} GB a device and step"))
     if plan["memory"]["host"]:
-        facts.append(("Host memory", f"{gigabytes(plan['memory']['host'])} a device"))
+        facts.append(("Host memory", f"{plan['memory']['host'] / 1e9:.1f} GB a device"))
     if "hours" in time:
         facts.append((f"{time['steps']:,} steps", f"{time['hours']:,.1f} h, {time['chip_hours']:,.1f} chip-hours"))
     return facts + ([("Money", f"{time['money']:,.2f}")] if "money" in time else [])
