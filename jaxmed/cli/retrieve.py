@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmed.cli import common
-from jaxmed.errors import UserError
+from jaxmed.data.records import where
+from jaxmed.errors import Problem, UserError
 from jaxmed.evaluate.retrieval import PLACES, Retrieval, retrieval
 
 HELP = "Find reports by volumes and volumes by reports with a contrastive model; writes recalls and rankings"
@@ -35,7 +37,7 @@ class Args:
     volumes: str
     """Folder of the volumes"""
     out: str
-    """JSON file for recalls, and for each pair its ranks and what came first"""
+    """JSON file for recalls, for each pair its ranks and what came first, and what was left out"""
     places: tuple[int, ...] = PLACES
     """The k of recall at k"""
     limit: int = 0
@@ -47,7 +49,7 @@ class Args:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the computation"""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """A record that is no pair of a volume and a report: stop and list them all, or go on without"""
+    """A record that is no pair of a volume and a report, or whose volume cannot be used: stop, or go on without"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """KEY=VALUE for what no file says, such as vision.heads=12 (repeatable)"""
 
@@ -70,16 +72,19 @@ def retrieve(args: Args) -> dict[str, float]:
     if not isinstance(model, api.ContrastiveModel):
         raise UserError(f"{args.model}: is no contrastive model; give a run of m3d_clip or M3D-CLIP's folder")
     pairs = scan_pairs(_reading(args, model), model.tokenizer, args.records)
-    samples = pairs.samples[: args.limit or None]
-    texts = [pairs.text(index, (-1, index, 0)) for index in range(len(samples))]
-    images, vectors = _vectors(args, model, pairs.experiment.data.max_length, samples, texts)
+    whole = pairs.samples[: args.limit or None]
+    texts = [pairs.text(index, (-1, index, 0)) for index in range(len(whole))]
+    kept, images, vectors, problems = _vectors(args, model, pairs.experiment.data.max_length, whole, texts)
+    samples, problems = [whole[index] for index in kept], [*pairs.problems, *problems]
+    if not samples:
+        raise UserError(f"{args.records}: no volume can be used; the first: {problems[0]}")
     found = {"": retrieval(images, vectors, args.places)}
     words = [pair.text for pair in samples]
     if len({text.strip() for text in words}) < len(words):
         found["same_"] = retrieval(images, vectors, args.places, words)
-    _show(args, found, words, len(pairs.problems))
     recalls = {f"{k[:4]}{name}{k[4:]}": v for name, result in found.items() for k, v in result.recalls.items()}
-    _write(args.out, recalls, found[""], [pair.record.id for pair in samples])
+    _write(args.out, recalls, found[""], [pair.record.id for pair in samples], problems)
+    _show(args, found, words, problems)
     return recalls
 
 
@@ -96,20 +101,41 @@ def _reading(args: Args, model: Any) -> Any:
     return dataclasses.replace(own, data=data, visual=model.visual)
 
 
-def _vectors(args: Args, model: Any, length: int, samples: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Of volumes and of texts, [N, P] each, with a line of progress."""
-    images, vectors = [], []
+def _vectors(
+    args: Args, model: Any, length: int, samples: Sequence[Any], texts: list[str]
+) -> tuple[list[int], np.ndarray, np.ndarray, list[Problem]]:
+    """Indices of the pairs that can be used, vectors of their volumes and of their texts, [N, P] each, and the others, with a
+    line of progress."""
+    kept: list[int] = []
+    images: list[np.ndarray] = []
+    vectors: list[np.ndarray] = []
+    problems: list[Problem] = []
     step = args.batch * model.rows
     for start in range(0, len(samples), step):
-        rows = slice(start, start + step)
-        images += model.image_features([pair.path for pair in samples[rows]])
-        vectors += model.text_features(texts[rows], max_length=length)
+        rows = range(start, min(start + step, len(samples)))
+        inputs = {index: values for index in rows if (values := _input(args, model, samples[index], problems)) is not None}
+        if inputs:
+            kept += inputs
+            images += model.image_features(list(inputs.values()))
+            vectors += model.text_features([texts[index] for index in inputs], max_length=length)
         if len(samples) > 10 * step:
-            common.notice(f"{min(start + step, len(samples)):,} of {len(samples):,} pairs")
-    return np.stack(images), np.stack(vectors)
+            common.notice(f"{rows.stop:,} of {len(samples):,} pairs")
+    return kept, np.array(images), np.array(vectors), problems
 
 
-def _show(args: Args, found: dict[str, Retrieval], words: list[str], left_out: int) -> None:
+def _input(args: Args, model: Any, pair: Any, problems: list[Problem]) -> np.ndarray | None:
+    """The volume of a pair [D, H, W]; None, and a problem more, where its values cannot be used."""
+    try:
+        return model.preprocess(pair.path)[..., 0]
+    except UserError as error:
+        problem = Problem(where(pair.record), str(error))
+        if args.on_bad_record == "stop":
+            raise UserError(f"{problem}; or pass --on-bad-record skip to go on without it") from None
+        problems.append(problem)
+        return None
+
+
+def _show(args: Args, found: dict[str, Retrieval], words: list[str], problems: list[Problem]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", title=f"{len(words):,} pairs", title_justify="left")
     table.add_column("recall")
     for k in args.places:
@@ -121,11 +147,12 @@ def _show(args: Args, found: dict[str, Retrieval], words: list[str], left_out: i
             table.add_row(label, *(f"{result.recalls[f'{direction}_r{k}']:.3f}" for k in args.places))
     table.add_row("chance", *(f"{min(k / len(words), 1):.3f}" for k in args.places))
     Console(highlight=False).print(table)
-    if left_out:
-        common.notice(f"{left_out} record{'s' * (left_out > 1)} left out, which are no pairs")
+    if problems:
+        many = len(problems) > 1
+        common.notice(f"{len(problems)} record{'s' * many} left out; {args.out} says which; the first: {problems[0]}")
 
 
-def _write(path: str, recalls: dict[str, float], found: Retrieval, ids: list[str]) -> None:
+def _write(path: str, recalls: dict[str, float], found: Retrieval, ids: list[str], problems: list[Problem]) -> None:
     rows = []
     for number, name in enumerate(ids):
         row: dict[str, Any] = {"id": name}
@@ -133,10 +160,11 @@ def _write(path: str, recalls: dict[str, float], found: Retrieval, ids: list[str
             row[f"rank_{direction}"] = 1 + int(np.flatnonzero(ranking[number] == number)[0])
             row[f"nearest_{direction}"] = [ids[i] for i in ranking[number, :NEAREST]]
         rows.append(row)
+    left_out = [dataclasses.asdict(problem) for problem in problems]
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         with open(f"{path}.part", "w", encoding="utf-8") as file:
-            json.dump({"recalls": recalls, "pairs": rows}, file, indent=1, ensure_ascii=False)
+            json.dump({"recalls": recalls, "pairs": rows, "left_out": left_out}, file, indent=1, ensure_ascii=False)
             file.write("\n")
         os.replace(f"{path}.part", path)
     except OSError as error:

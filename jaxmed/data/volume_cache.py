@@ -39,7 +39,7 @@ LONGEST_NAME = 80
 class Filled:
     written: int
     present: int
-    """Volumes that were there already"""
+    """Volumes that were prepared already: in the cache, or .npy"""
     problems: tuple[Problem, ...]
     """Volumes that cannot be prepared, left out (`on_bad_record` skip)"""
     notices: dict[str, int]
@@ -48,7 +48,7 @@ class Filled:
 
     def lines(self) -> list[str]:
         """For the log."""
-        done = f"volumes: {self.written} prepared in {self.seconds:.0f} s, {self.present} in the cache already"
+        done = f"volumes: {self.written} prepared in {self.seconds:.0f} s, {self.present} were prepared already"
         more = [f"volumes: {count} x {notice}" for notice, count in self.notices.items()]
         return [done, *more, *(f"volumes: left out {problem}" for problem in self.problems)]
 

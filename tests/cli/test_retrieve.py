@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxmed.cli import main
@@ -37,6 +38,31 @@ def test_texts_that_repeat_are_counted_apart(tmp_path: Path, capsys: pytest.Capt
     found = json.loads((tmp_path / "o.json").read_text())["recalls"]
     assert found["i2t_same_r2"] >= found["i2t_r2"] and found["t2i_same_r2"] >= found["t2i_r2"]
     assert "any with the same words" in capsys.readouterr().out
+
+
+def test_a_volume_whose_values_fail_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = json.loads(Path(RECORDS).read_text())["test"]
+    volume = np.load(Path(VOLUMES) / rows[1]["image"])
+    volume[0, 3, 5, 7] = np.nan
+    np.save(tmp_path / "nan.npy", volume)
+    rows = [
+        {"image": str(tmp_path / "nan.npy"), "text": "A nodule."},
+        *({**row, "text": f"No {n}."} for n, row in enumerate(rows)),
+    ]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    flags = ["--records", str(tmp_path / "r.json"), "--out", str(tmp_path / "o.json"), "--batch", "2"]
+    assert retrieve(*flags) == 2
+    assert "record 0" in (said := capsys.readouterr().err) and "nan.npy: 1 of 4032 values" in said and "skip" in said
+    assert retrieve(*flags, "--on-bad-record", "skip") == 0
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert [row["id"] for row in found["pairs"]] == ["1", "2", "3", "4"]
+    assert [row["where"].rpartition(": ")[2] for row in found["left_out"]] == ["record 0 (id '0')"]
+    assert sorted(found["pairs"][2]["nearest_t2i"]) == ["1", "2", "3", "4"] and "1 record left out" in capsys.readouterr().err
+    without = tmp_path / "w.json"
+    without.write_text(json.dumps(rows[1:]))
+    flags[1], flags[3] = str(without), str(tmp_path / "o2.json")
+    assert retrieve(*flags) == 0
+    assert json.loads((tmp_path / "o2.json").read_text())["recalls"] == found["recalls"]
 
 
 @pytest.mark.parametrize(
