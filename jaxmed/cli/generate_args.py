@@ -17,6 +17,7 @@ from jaxmed.data.records import Reading, Record, load_records
 from jaxmed.distributed import say
 from jaxmed.errors import Problem, UserError
 
+JOINED = "The processes that --join means. Left empty, SLURM's, TPU's and GKE's own variables decide."
 UPSTREAM_DEFECTS = ("history_eot", "na_choices", "pad_grey")
 
 
@@ -89,7 +90,7 @@ class Args:
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """KEY=VALUE for what no file stores, such as lora.alpha=12 (repeatable)"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    distributed: Annotated[DistributedConfig, tyro.conf.arg(help=JOINED)] = field(default_factory=DistributedConfig)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,10 @@ def asked(args: Args, devices: Sequence[jax.Device]) -> Asked:
 
     defects = common.names(args.upstream_exact, UPSTREAM_DEFECTS, "--upstream-exact")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty, args.seed)
-    mesh = make_mesh(args.mesh, devices)
+    try:
+        mesh = make_mesh(args.mesh, devices)
+    except UserError as error:
+        raise UserError(f"{error}{_hint(args.mesh, devices)}") from None
     tower, kind = _tower(args)
     overrides = kind | common.settings(args.set) | ({"visual.pixels.pad_grey": True} if "pad_grey" in defects else {})
     model = load(args.folder, args.base, tower, mesh, args.dtype, overrides)
@@ -142,6 +146,13 @@ def asked(args: Args, devices: Sequence[jax.Device]) -> Asked:
     )
     usable, problems = check_records(records, problems, request, model, args.on_bad_record == "skip")
     return Asked(model, request, records, usable, problems, request.header(model))
+
+
+def _hint(mesh: MeshConfig, devices: Sequence[jax.Device]) -> str:
+    """For a mesh that one process's devices cannot be."""
+    larger = max(mesh.data, 1) * mesh.fsdp * mesh.context * mesh.tensor > len(devices)
+    several = larger and jax.process_count() == 1
+    return "; with --join the processes of a job hold one model together, over the devices of all" if several else ""
 
 
 def _tower(args: Args) -> tuple[str, dict[str, Any]]:

@@ -210,6 +210,7 @@ def test_a_file_of_someone_else_is_not_overwritten(tmp_path):
         (["--process", "2", "--processes", "2"], "below --processes"),
         (["--upstream-exact", "typo"], "known are history_eot"),
         (["--set", "lora.alpha"], "KEY=VALUE"),
+        (["--mesh.fsdp", "16"], "with --join the processes of a job hold one model together"),
     ],
 )
 def test_unusable_flags_get_one_line(flags, words, tmp_path):
