@@ -278,14 +278,24 @@ def rematerialised(body: Any, remat: str) -> Any:
         policy = policies.save_from_both_policies(named, attention_cudnn.is_forward)
         return jax.checkpoint(body, policy=policy, prevent_cse=False)
     if remat == "offload":
-        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=["qkv", "attention_out", "attention_lse"],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-        return jax.checkpoint(body, policy=policy, prevent_cse=False)
+        return jax.checkpoint(body, policy=offloaded, prevent_cse=False)
     return jax.checkpoint(body, prevent_cse=False)
+
+
+def offloaded(primitive: Any, *arguments: Any, **fields: Any) -> Any:
+    """A checkpoint policy: queries, keys, values and attention's output go to the host. Its log-sums are a hundredth of that
+    and stay on the device; libtpu 0.0.52 does not compile the fetching of arrays of their shape (splash gives them the output's
+    name; they lack its axis of head widths)."""
+    policies = jax.checkpoint_policies
+    if primitive.name == "name" and arguments[0].ndim < 4:
+        return policies.save_only_these_names("attention_out")(primitive, *arguments, **fields)
+    policy = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=["attention_lse"],
+        names_which_can_be_offloaded=["qkv", "attention_out"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+    return policy(primitive, *arguments, **fields)
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype, split: bool, rules: Rules) -> KVCache:
