@@ -6,10 +6,10 @@ does it all: phantoms, this config's pretraining, retrieval, fine-tuning (quicks
 folders that it leaves:
 
     jaxmed train quickstart_clip --data.records quickstart_vit3d/data/pairs.json --data.volumes quickstart_vit3d/data/volumes \
-        --model.tokenizer quickstart_vit3d/tokenizer --contrastive.text.vocab 128 --out runs/clip
+        --model.tokenizer quickstart_vit3d/tokenizer --out runs/clip
 
-Cosines are multiplied by the exponential of the temperature, as CLIP does it: at the published scale as it is, small models
-learn several times as slowly.
+The published recipe but for sizes, a rate and a warm-up for them, no dropout, and cosines multiplied by the exponential of the
+temperature, as CLIP has it. The warm-up matters: at twice the rate after 60 steps all vectors became one, and stayed so.
 """
 
 import dataclasses
@@ -47,9 +47,9 @@ def get_config() -> Experiment:
             prepare=PrepareConfig(preset="hu_window", window=(-1000.0, 500.0), crop=False, hu="header"),
         ),
         lora=LoraConfig(rank=0),
-        optim=OptimConfig(learning_rate=2e-3, weight_decay=0.1, b2=0.99, warmup_steps=60, final_fraction=0.02),
+        optim=OptimConfig(learning_rate=1e-3, weight_decay=0.02, b2=0.99, warmup_steps=200, final_fraction=0.02),
         train=TrainConfig(
-            steps=1500, seed=0, trainable="all", train_tower=True, remat="none", save_every=200, log_every=20, keep=2
+            steps=2500, seed=0, trainable="all", train_tower=True, remat="none", save_every=200, log_every=20, keep=2
         ),
         data=DataConfig(batch=64, buckets=(64,), max_length=64),
         task="contrastive",

@@ -47,11 +47,11 @@ class Args:
     """Folder for everything that is made"""
     pairs: int = 4000
     """Phantoms with reports to pretrain on"""
-    pretrain_steps: int = 1500
+    pretrain_steps: int = 2500
     """Steps of the pretraining"""
     retrieval: int = 100
     """Held-out pairs to tell from each other, all with other findings"""
-    studies: int = 600
+    studies: int = 1000
     """Phantoms with reports to fine-tune on, all others than those"""
     steps: int = 400
     """Steps of each fine-tuning"""
