@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxmed.cli import common
+from jaxmed.cli.validate import given_flags, resolve
 from jaxmed.config import Experiment
+from jaxmed.data.dataset import sample_draw
 from jaxmed.data.inputs import FOLDERS, input_folder
 from jaxmed.data.metadata import Metadata
 from jaxmed.data.sizes import Progress as Callback
@@ -106,6 +108,10 @@ def run(argv: list[str]) -> int:
     )
     if not args.data.records:
         raise UserError("preview needs records: give --data.records FILE.json")
+    if args.model.base or args.model.adapter:  # what their folders decide in training; without one, the config alone
+        args, notices = resolve(args, given_flags(common.long_forms(flags)))
+        for text in notices:
+            common.notice(text)
     folder = input_folder(args.data, args.visual)
     if folder and not os.path.isdir(folder):
         raise UserError(f"--data.{FOLDERS[args.visual.kind]} {folder}: no such folder")
@@ -132,6 +138,8 @@ def _report(args: Args, found: Survey, values: list[Problem] | None) -> None:
     total = len(found.rows) + len(found.unreadable)
     usable = total - len(found.refused) - len(found.voided)
     print(f"{usable:,} of {total:,} records can be trained on")
+    if draw := sample_draw([row.record for row in found.rows if row.usable], args.data.records, args):
+        print(draw.describe())
     sections = [("voided (no token is supervised)", found.voided), ("cannot be used", found.refused)]
     sections += [("with damaged files", values)] if values is not None else []
     for label, problems in sections:

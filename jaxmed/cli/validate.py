@@ -123,7 +123,11 @@ def _grafted(experiment: Experiment, found: Experiment, base: str) -> Experiment
 
 
 def _texts_of(experiment: Experiment, found: Experiment) -> DataConfig:
-    return dataclasses.replace(experiment.data, **{name: getattr(found.data, name) for name in TEXTS})
+    """Where a text is cut is each stage's own with M3D's template, unless a fusion reads what fills the row."""
+    texts = {name: getattr(found.data, name) for name in TEXTS}
+    if experiment.data.template == found.data.template == "m3d" and found.model.fusion.kind == "none":
+        del texts["max_length"]
+    return dataclasses.replace(experiment.data, **texts)
 
 
 def _with_decoder(experiment: Experiment, given: frozenset[str]) -> Experiment:

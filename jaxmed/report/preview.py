@@ -118,7 +118,7 @@ def _sample(row: Row, experiment: Experiment, tokenizer: Tokenizer, volumes: Vol
 
 def _buckets(found: Survey, experiment: Experiment) -> list[dict[str, Any]]:
     """One line a bucket: how many samples go there, and how full they make it."""
-    usable = [row for row in found.rows if not row.faults and not row.text.voided]
+    usable = [row for row in found.rows if row.usable]
     counts = Counter(row.bucket for row in usable)
     lines = []
     for bucket in experiment.data.buckets:
@@ -151,7 +151,7 @@ def write_page(
 ) -> None:
     """`values`: what check_values found, None where it was not asked for; `config`: how the config was named."""
     data = experiment.data
-    usable = [row for row in found.rows if not row.faults and not row.text.voided]
+    usable = [row for row in found.rows if row.usable]
     facts = [
         ("Config", config),
         ("Records", data.records),

@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from jaxmed.config import Experiment
+from jaxmed.data.asking import asked_sizes
 from jaxmed.data.conversation import check_template, reading_of, text_options
 from jaxmed.data.dataset import spliced_size
 from jaxmed.data.input_files import ImageFile, check_files, expected_encoder
 from jaxmed.data.inputs import input_folder, input_path, read_input, token_count
 from jaxmed.data.plan import bucket_for, capacity
 from jaxmed.data.records import Record, load_records, where
-from jaxmed.data.sizes import Progress, TextSize, text_sizes
+from jaxmed.data.sizes import Progress, TextSize
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.errors import Problem, UserError
 
@@ -37,6 +38,10 @@ class Row:
     """0 where none holds it"""
     faults: tuple[str, ...]
     """Why training would refuse it; a voided sample has none (see text.voided)"""
+
+    @property
+    def usable(self) -> bool:
+        return not self.faults and not self.text.voided
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def survey(experiment: Experiment, tokenizer: Tokenizer, path: str, progress: Pr
     data, visual = experiment.data, experiment.visual
     check_template(data.template, tokenizer)
     records, unreadable = load_records(path, reading_of(experiment))
-    texts = text_sizes(records, path, tokenizer, data.template, progress, text_options(experiment))
+    texts = asked_sizes(records, path, tokenizer, data.template, progress, text_options(experiment))
     folder = input_folder(data, visual)
     paths = [input_path(folder, image, visual) for r in records for image in r.images] if folder else []
     files = check_files(paths, visual, path)

@@ -237,6 +237,9 @@ def test_a_run_says_how_volumes_are_prepared_and_not_how_they_are_varied(experim
     found = resolve(asked, frozenset())[0].visual.prepare
     assert (found.preset, found.window) == ("hu_window", (-160, 240))
     assert (found.augment, found.cache, found.index) == ("intensity", str(tmp_path), 2)
+    # reports of regions are longer than what the alignment was trained on
+    longer = replace(asked, data=replace(data, max_length=1024, buckets=(1024,)))
+    assert resolve(longer, frozenset())[0].data.max_length == 1024 != experiment.data.max_length
 
 
 def test_a_whole_model_is_no_base_of_a_config():

@@ -1,5 +1,6 @@
 """Preview: the token panel, the survey of a file, the volume panel, and the command."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,14 +9,18 @@ import nibabel
 import numpy as np
 import pytest
 
+from jaxmed.cli import common
 from jaxmed.cli import preview as command
-from jaxmed.config import EncodeConfig
+from jaxmed.cli.validate import resolve
+from jaxmed.config import EncodeConfig, PrepareConfig
 from jaxmed.data.conversation import Example
+from jaxmed.data.dataset import scan
 from jaxmed.data.embeddings import write_npz
 from jaxmed.data.metadata import Metadata
 from jaxmed.data.tokenizer import IGNORE, IMAGE_ID, Tokenizer
 from jaxmed.errors import UserError
 from jaxmed.report import token_panel, volume_panel
+from jaxmed.report.survey import survey
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "btb3d"
 ADDED = ("<pad>", "<multiple_choice>", "<long_answer>", "<short_answe>", "<report_generation>")
@@ -184,3 +189,33 @@ def test_what_is_missing_is_said(data):
         command.run([str(data / "config.py"), "--data.records", str(data / "records.json")])
     with pytest.raises(UserError, match="needs records"):
         command.run([str(data / "config.py")])
+
+
+def test_a_whole_model_and_a_mixture_are_shown_as_training_takes_them(tmp_path, capsys):
+    vit3d = Path(__file__).parents[1] / "golden" / "vit3d"
+    records = str(vit3d / "data" / "M3D_Cap_npy" / "M3D_Cap.json")
+    sets = [{"name": name, "records": f"{records}:{name}", "weight": w} for name, w in (("train", 1), ("test100", 3))]
+    (tmp_path / "mix.json").write_text(json.dumps({"sets": sets, "epoch": "train"}))
+    flags = ["--data.records", str(tmp_path / "mix.json"), "--data.volumes", str(vit3d / "data"), "--data.max-length", "384"]
+    flags += ["--model.base", str(vit3d / "lamed_merged"), "--set", "vision.heads=3", "--visual.prepare.augment", "none"]
+    flags += ["--data.buckets", "384", "--out", str(tmp_path / "page.html")]
+    assert command.run(["vit3d_m3d", *flags]) == 0
+    shown = capsys.readouterr()
+    assert "5 of 5 records can be trained on" in shown.out and "visual.volume (8, 24, 21)" in shown.err
+    assert "an epoch has 12 samples: train 3, test100 9 (of 2, each 4.5 times)" in shown.out
+
+
+def test_lengths_are_those_that_training_plans_with(tmp_path):
+    vit3d = Path(__file__).parents[1] / "golden" / "vit3d"
+    shutil.copytree(vit3d / "data" / "M3D_Cap_npy", tmp_path / "M3D_Cap_npy")  # lengths are kept beside the records
+    (tmp_path / "prompts.txt").write_text("Report?\nA much longer request, of which training may draw every word?\n")
+    records, asked = f"{tmp_path}/M3D_Cap_npy/M3D_Cap.json:train", common.load_experiment("vit3d_m3d")
+    places = {"records": records, "volumes": str(tmp_path), "prompts": str(tmp_path / "prompts.txt")}
+    data = dataclasses.replace(asked.data, **places, buckets=(384,), max_length=384)
+    model = dataclasses.replace(asked.model, base=str(vit3d / "lamed_merged"))
+    visual = dataclasses.replace(asked.visual, prepare=PrepareConfig())
+    asked = resolve(dataclasses.replace(asked, model=model, data=data, visual=visual), ())[0]
+    tokenizer = Tokenizer.from_folder(model.base, asked.model.added_tokens)
+    rows, dataset = survey(asked, tokenizer, records).rows, scan(asked, tokenizer, records)
+    assert [(row.length, row.supervised) for row in rows] == [(s.length, s.supervised) for s in dataset.sizes]
+    assert len(rows) == 3
