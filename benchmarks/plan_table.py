@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROWS = {
     "v5p-train": "btb3d v5p:2x2x4 1 8 2 1",
+    "v5p-offload": "btb3d v5p:2x2x4 1 8 2 1 --train.remat offload",
     "v6e-train": "btb3d v6e:4x4 1 4 4 1",
     "v6e-train-split": "btb3d v6e:4x4 1 8 2 1",
     "v5e-train": "btb3d v5e:4x8 1 8 4 1",
