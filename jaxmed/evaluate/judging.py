@@ -7,8 +7,9 @@ has no score.
 
 import json
 import os
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -154,11 +155,12 @@ def ask(
             raise UserError(f"the judge answered none of the first {GIVE_UP} calls; the last: {problems[-1]}")
         if problems and not skip:
             raise BadRecords(problems)
-    return kept.found, problems
+    place = {f"study {question.name!r}": number for number, question in enumerate(asked)}
+    return kept.found, sorted(problems, key=lambda problem: place[problem.where])
 
 
 def _answers(groups: list[list[Question]], judge: Judge) -> Iterator[tuple[list[Question], list[str] | str]]:
-    """Groups in their order with the replies, or with why there are none; `judge.parallel` calls are under way at a time."""
+    """Groups with the replies, or with why there are none, as they come; `judge.parallel` calls are under way at a time."""
 
     def call(group: list[Question]) -> list[str] | str:
         try:
@@ -170,13 +172,31 @@ def _answers(groups: list[list[Question]], judge: Judge) -> Iterator[tuple[list[
         for group in groups:
             yield group, call(group)
         return
-    with ThreadPoolExecutor(judge.parallel) as pool:
-        waiting = [pool.submit(call, group) for group in groups]
-        try:
-            for group, future in zip(groups, waiting, strict=True):
-                yield group, future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    waiting, done = iter(groups), queue.SimpleQueue[tuple[list[Question], list[str] | str | BaseException]]()
+    lock, stop = threading.Lock(), threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            with lock:
+                group = next(waiting, None)
+            if group is None:
+                return
+            try:
+                done.put((group, call(group)))
+            except BaseException as error:  # the reader's to raise: a thread has nobody to tell
+                done.put((group, error))
+
+    # Threads of a pool would be waited for when the process ends, for as long as a judge takes that does not answer.
+    for _ in range(min(judge.parallel, len(groups))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in groups:
+            group, replies = done.get()
+            if isinstance(replies, BaseException):
+                raise replies
+            yield group, replies
+    finally:
+        stop.set()
 
 
 def _faults(group: list[Question], replies: list[str], settings: Settings) -> list[str]:

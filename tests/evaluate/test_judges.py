@@ -166,6 +166,44 @@ def test_stop_ends_at_the_first_fault_and_keeps_what_was_said(serve, tmp_path):
     assert not problems and values.tolist() == [1, 1, 0, 1, 1, 1]
 
 
+class Slow:
+    """Judges `answer 0` never, all others at once."""
+
+    name, batch, parallel = "slow", 1, 2
+
+    def __init__(self, said):
+        self.said, self.never = said, threading.Event()
+
+    def complete(self, prompts):
+        if "answer 0" in prompts[0]:
+            self.never.wait(30)
+        if isinstance(self.said, Exception):
+            raise self.said
+        return [self.said]
+
+
+def test_calls_under_way_are_not_waited_for(tmp_path):
+    asked = judging.questions(studies(), judging.Settings())
+    begin = time.monotonic()
+    with pytest.raises(BadRecords, match=r"study 's1': green: the judge's reply is no judgment \('nonsense'\)"):
+        ask(asked, Slow("nonsense"), tmp_path / "judge.jsonl", skip=False)
+    with pytest.raises(ZeroDivisionError):  # what is no fault of the judge is not taken for one
+        ask(asked, Slow(ZeroDivisionError()), tmp_path / "judge.jsonl")
+    said = []
+
+    def interrupted(done, total):
+        said.append(done)
+        if done == 5:
+            raise KeyboardInterrupt
+
+    kept = judging.Kept(str(tmp_path / "judge.jsonl"), "slow")
+    with pytest.raises(KeyboardInterrupt):
+        judging.ask(asked, Slow(GOOD.format(1)), kept, judging.Settings(), True, interrupted)
+    assert time.monotonic() - begin < 10
+    # an answer that comes late holds no other back: all five were kept
+    assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == 5
+
+
 def test_an_absent_judge_is_given_up(tmp_path):
     judge = judges.EndpointJudge("http://127.0.0.1:9", "m", sleep=lambda seconds: None)
     with pytest.raises(UserError, match="none of the first 5 calls"):
