@@ -92,7 +92,17 @@ def _choices(cells: Mapping[str, Any]) -> dict[str, Any]:
     """The choices that there are (`NA` is none) and the letter of the right one."""
     answer = _text(cells, "answer choice", False).strip().upper()
     texts = {letter: _text(cells, f"choice {letter.lower()}", False) for letter in "ABCD"}
-    return {"options": {k: v for k, v in texts.items() if v.strip() not in ("", "NA") or k == answer}, "answer": answer}
+    if answer and answer not in texts:
+        raise UserError(f"its answer choice is {answer!r}; it must be one of {', '.join(texts)}")
+    options = {k: v for k, v in texts.items() if v.strip() not in ("", "NA") or k == answer}
+    seen: dict[str, str] = {}
+    for letter, text in options.items():
+        other = seen.setdefault(" ".join(text.casefold().split()), letter)
+        if other != letter:
+            raise UserError(
+                f"its choices repeat: {other} and {letter} are both {text!r}; mend the choices, or take the row out"
+            )
+    return {"options": options, "answer": answer}
 
 
 def _text(cells: Mapping[str, Any], column: str, is_needed: bool) -> str:

@@ -82,6 +82,7 @@ BAD = [
     (f"{M3D}\na.npy,t,3,Q,1,2,3,4,,B\n", "answer is empty", "take the row out"),
     (f"{M3D}\n,t,3,Q,1,2,3,4,2,B\n", "`image` is ''", "file name"),
     (f"{M3D}\na.npy,t,3,Q,1,2,3,4,2\n", "9 values, more or fewer", "quote texts"),
+    (f"{M3D}\na.npy,t,3,Q,1,Left  lung,3,left lung,1,a\n", "choices repeat: B and D are both 'left lung'", "mend the choices"),
     ("image,caption\na.npy, \n", "caption is empty", "write one"),
     ("image,text\na.npy,none.txt\n", "'none.txt' is not there", "looked in"),
 ]
