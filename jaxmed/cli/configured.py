@@ -34,16 +34,20 @@ class Configured:
         return self.experiment.model.tower.kind != "none"
 
     def with_hounsfield(self, metadata: str, hu: Override) -> "Configured":
-        """--metadata and --hu over what the preparation for a tower says ("" and auto: as it is)."""
-        visual = self.experiment.visual
-        given = {"metadata": metadata or visual.prepare.metadata, "hu": visual.prepare.hu if hu == "auto" else hu}
-        visual = replace(visual, prepare=replace(visual.prepare, **given))
+        visual = with_hounsfield(self.experiment.visual, metadata, hu)
         return replace(self, experiment=replace(self.experiment, visual=visual))
 
     @property
     def tower_visual(self) -> VisualConfig:
         """What the tower reads, also where the config takes its tokens from files."""
         return replace(self.experiment.visual, kind=self.experiment.model.tower.reads)
+
+
+def with_hounsfield(visual: VisualConfig, metadata: str, hu: Override) -> VisualConfig:
+    """--metadata and --hu over what the preparation for a tower says ("" and auto: as it is)."""
+    prepare = visual.prepare
+    prepare = replace(prepare, metadata=metadata or prepare.metadata, hu=prepare.hu if hu == "auto" else hu)
+    return replace(visual, prepare=prepare)
 
 
 def split_fields(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -66,7 +66,7 @@ class Args:
     store: Literal["float32", "float16"] = "float32"
     """How a tower's tokens are stored: as they are, or in half the space and rounded to 3 digits"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """KEY=VALUE for what no file stores, such as vision.heads=12; repeatable"""
+    """KEY=VALUE for what no file stores, such as vision.heads=12"""
 
 
 def check_grid(experiment: Experiment) -> None:

@@ -38,7 +38,7 @@ class Args:
     dtype: Literal["", "bfloat16", "float32"] = ""
     """Dtype of the frozen weights; "": the config's, bfloat16 for a folder that has none"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """KEY=VALUE for a field of the config, such as lora.rank=64 (repeatable)"""
+    """KEY=VALUE for a field of the config, such as lora.rank=64"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxmed.cli import common
+from jaxmed.cli.configured import with_hounsfield
 from jaxmed.cli.validate import given_flags, resolve
 from jaxmed.config import Experiment
 from jaxmed.data.dataset import sample_draw
@@ -121,6 +122,8 @@ def run(argv: list[str]) -> int:
     tokenizer, volumes = _tokenizer(args), _volumes(args)
     if args.volumes and not volumes:
         args = dataclasses.replace(args, data=dataclasses.replace(args.data, volumes=args.volumes))
+    if args.model.tower.kind != "none":
+        args = dataclasses.replace(args, visual=with_hounsfield(args.visual, args.metadata, args.hu))
     with _progress("records") as progress:
         found = survey(args, tokenizer, args.data.records, progress)
     rows = preview.choose(found, wanted, args.random, args.seed)

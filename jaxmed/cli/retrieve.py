@@ -51,7 +51,7 @@ class Args:
     on_bad_record: Literal["stop", "skip"] = "stop"
     """A record that is no pair of a volume and a report, or whose volume cannot be used: stop, or go on without"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """KEY=VALUE for what no file says, such as vision.heads=12 (repeatable)"""
+    """KEY=VALUE for what no file says, such as vision.heads=12"""
 
 
 def run(argv: list[str]) -> int:

@@ -27,7 +27,10 @@ HELP = "Show what a model will see of a volume as a picture: planes, window, HU 
 DESCRIPTION = """Show what a model will see of a volume, as a picture: slices of three planes after preparation, with preset,
 window, HU rule and orientation. --features shows beside each slice the tower's patch tokens: red, green and blue are the first
 three principal components of this volume's tokens, the same in all planes; --patch D,H,W shows how like one patch all others
-are. How volumes are prepared is the config's to say; its fields are flags here too: --visual.prepare.window -160 240."""
+are. How volumes are prepared is the config's to say; its fields are flags here too.
+
+    jaxmed view case.nii.gz --config vit3d_amos --visual.prepare.preset hu_window --visual.prepare.window -160 240
+    jaxmed view case.nii.gz --config runs/amos --features --patch 3,8,5 --out features.png"""
 
 
 SHEET = "sheet.png"
@@ -54,7 +57,7 @@ class Args:
     tokens: str = ""
     """Token file (.npz) of the volume, for models that read tokens from files (with --features)"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """KEY=VALUE for what no file stores, such as vision.heads=12; repeatable"""
+    """KEY=VALUE for what no file stores, such as vision.heads=12"""
     metadata: str = ""
     """CT-RATE's metadata CSV: spacing and rescale by VolumeName (a tower's preset hu_window: rescale alone)"""
     hu: Override = "auto"

@@ -93,6 +93,11 @@ def input_folder(data: DataConfig, visual: VisualConfig) -> str:
     return "" if visual.kind == "none" else folders[FOLDERS[visual.kind]]
 
 
+def is_placed(folder: str, name: str) -> bool:
+    """Whether it is known where a record's `image` lies: the sets of a mixture have folders of their own."""
+    return bool(folder) or os.path.isabs(name)
+
+
 def input_path(folder: str, name: str, visual: VisualConfig) -> str:
     """The file that a record's `image` means: token files by upstream's rule, others in the folder or where they say. Volumes
     of CT-RATE may lie side by side."""

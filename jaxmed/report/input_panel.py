@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from jaxmed.config import Experiment, VisualConfig
-from jaxmed.data.inputs import TOKEN_KINDS, input_folder, input_path, read_input, read_prepared
+from jaxmed.data.inputs import TOKEN_KINDS, input_folder, input_path, is_placed, read_input, read_prepared
 from jaxmed.errors import UserError
 from jaxmed.report import page, view_input
 from jaxmed.report.slices import HEIGHT, Picture
@@ -26,7 +26,7 @@ def panels(names: Sequence[str], experiment: Experiment) -> list[dict[str, Any]]
     """One a file of a tower's input; [] for token files, which nothing can be seen of. Volumes have `views` and `facts`, other
     inputs a picture (`uri`) with its `caption`."""
     visual, folder = experiment.visual, input_folder(experiment.data, experiment.visual)
-    if visual.kind in TOKEN_KINDS or not folder:
+    if visual.kind in TOKEN_KINDS or not all(is_placed(folder, name) for name in names):
         return []
     made = []
     for name in names:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxmed.config import Experiment, VisualConfig
 from jaxmed.data.conversation import Example, encode_training, text_options
 from jaxmed.data.encode import same_preprocessing
-from jaxmed.data.inputs import FOLDERS, TOKEN_KINDS, input_folder
+from jaxmed.data.inputs import FOLDERS, TOKEN_KINDS, input_folder, is_placed
 from jaxmed.data.metadata import Metadata
 from jaxmed.data.records import Record, RecordError
 from jaxmed.data.tokenizer import Tokenizer
@@ -168,7 +168,7 @@ def write_page(
     if folder and kind in TOKEN_KINDS:
         facts.append(("Encoder", found.encoder or "unsigned"))
     notices = []
-    if any(row.record.images for row in rows) and not folder and kind != "none":
+    if kind != "none" and not all(is_placed(folder, image) for row in rows for image in row.record.images):
         notices.append(f"Without --data.{FOLDERS[kind]} every image counts as the largest that the config allows.")
     page.write(
         path,

@@ -13,7 +13,7 @@ from jaxmed.data.asking import asked_sizes
 from jaxmed.data.conversation import check_template, reading_of, text_options
 from jaxmed.data.dataset import spliced_size
 from jaxmed.data.input_files import ImageFile, check_files, expected_encoder
-from jaxmed.data.inputs import input_folder, input_path, read_input, token_count
+from jaxmed.data.inputs import input_folder, input_path, is_placed, read_input, token_count
 from jaxmed.data.plan import bucket_for, capacity
 from jaxmed.data.records import Record, load_records, where
 from jaxmed.data.sizes import Progress, TextSize
@@ -69,7 +69,8 @@ def survey(experiment: Experiment, tokenizer: Tokenizer, path: str, progress: Pr
     records, unreadable = load_records(path, reading_of(experiment))
     texts = asked_sizes(records, path, tokenizer, data.template, progress, text_options(experiment))
     folder = input_folder(data, visual)
-    paths = [input_path(folder, image, visual) for r in records for image in r.images] if folder else []
+    images = [image for record in records for image in record.images if is_placed(folder, image)]
+    paths = [input_path(folder, image, visual) for image in images]
     files = check_files(paths, visual, path)
     encoder = expected_encoder(visual, (file.encoder for file in files.values()))
     rows = [_row(r, text, files, experiment, tokenizer) for r, text in zip(records, texts, strict=True)]
@@ -114,7 +115,7 @@ def check_values(
 
     def faults(image: str) -> list[str]:
         lines = []
-        if folder:
+        if is_placed(folder, image):
             try:
                 read_input(input_path(folder, image, visual), visual)
             except UserError as error:

@@ -194,15 +194,24 @@ def test_what_is_missing_is_said(data):
 def test_a_whole_model_and_a_mixture_are_shown_as_training_takes_them(tmp_path, capsys):
     vit3d = Path(__file__).parents[1] / "golden" / "vit3d"
     records = str(vit3d / "data" / "M3D_Cap_npy" / "M3D_Cap.json")
-    sets = [{"name": name, "records": f"{records}:{name}", "weight": w} for name, w in (("train", 1), ("test100", 3))]
+    sets = [
+        {"name": name, "records": f"{records}:{name}", "volumes": str(vit3d / "data"), "weight": weight}
+        for name, weight in (("train", 1), ("test100", 3))
+    ]
     (tmp_path / "mix.json").write_text(json.dumps({"sets": sets, "epoch": "train"}))
-    flags = ["--data.records", str(tmp_path / "mix.json"), "--data.volumes", str(vit3d / "data"), "--data.max-length", "384"]
+    flags = ["--data.records", str(tmp_path / "mix.json"), "--data.max-length", "384", "--metadata", "unused.csv"]
     flags += ["--model.base", str(vit3d / "lamed_merged"), "--set", "vision.heads=3", "--visual.prepare.augment", "none"]
     flags += ["--data.buckets", "384", "--out", str(tmp_path / "page.html")]
     assert command.run(["vit3d_m3d", *flags]) == 0
     shown = capsys.readouterr()
     assert "5 of 5 records can be trained on" in shown.out and "visual.volume (8, 24, 21)" in shown.err
     assert "an epoch has 12 samples: train 3, test100 9 (of 2, each 4.5 times)" in shown.out
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png") == 5 * 4 and "Without --data.volumes" not in page
+    sets[1]["volumes"] = str(tmp_path)
+    (tmp_path / "mix.json").write_text(json.dumps({"sets": sets}))
+    assert command.run(["vit3d_m3d", *flags]) == 0
+    assert "3 of 5 records can be trained on" in capsys.readouterr().out
 
 
 def test_lengths_are_those_that_training_plans_with(tmp_path):
