@@ -56,6 +56,14 @@ def test_tower_and_projector(merged):
     CASE.close("image_tokens", np.stack(merged.image_tokens(TWO_VOLUMES)))
 
 
+@pytest.mark.parametrize("changed", [{"activation": "gelu_tanh"}, {"norm_eps": 1e-6}, {"heads": 4}], ids=str)
+def test_another_activation_epsilon_or_head_count_is_another_tower(changed):
+    overrides = {"vision.heads": 3} | {f"model.tower.{name}": value for name, value in changed.items()}
+    found = CASE.load("lamed_merged", overrides=overrides).image_features(TWO_VOLUMES)
+    with pytest.raises(AssertionError):
+        CASE.close("image_features", np.stack(found))
+
+
 def test_class_token_of_the_tower_alone():
     """With the class token: from the tower's weights in the model's folder."""
     model = CASE.load("lamed_merged", overrides={"vision.heads": 3, "model.tower.select_feature": "cls_patch"})
