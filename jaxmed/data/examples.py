@@ -63,8 +63,3 @@ def spliced_counts(example: Example, places: Sequence[int], max_length: int) -> 
     # Nothing comes before the first token, so a label there can never be asked for.
     supervised = int(((example.labels != IGNORE) & kept & (position > 0)).sum())
     return (min(length, max_length) if max_length else length), supervised
-
-
-def spliced_length(example: Example, places: Sequence[int], max_length: int) -> int:
-    """Positions of the sample with its images in, after the cut."""
-    return spliced_counts(example, places, max_length)[0]

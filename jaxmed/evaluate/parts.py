@@ -16,8 +16,6 @@ from jaxmed.evaluate import scores, vqa
 from jaxmed.evaluate.judging import Judged
 from jaxmed.evaluate.studies import Study
 
-ALL = ""
-"""The scope of all studies"""
 GREEN, ACCURACY, CALIBRATION = "green", "accuracy", "calibration_error"
 
 

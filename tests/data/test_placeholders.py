@@ -19,7 +19,7 @@ from jaxmed.data.conversation import (
     encode_training,
     placeholder_warning,
 )
-from jaxmed.data.examples import Example, spliced_counts, spliced_length
+from jaxmed.data.examples import Example, spliced_counts
 from jaxmed.data.placeholders import PLACEHOLDER, question_text
 from jaxmed.data.records import Reading, Record, RecordError, Turn, load_records, record_from_dict
 from jaxmed.data.sizes import measure, text_sizes
@@ -259,7 +259,6 @@ def test_counts_after_both_cuts():
     expected = {0: (11, 3), 100: (11, 3), 11: (11, 3), 10: (10, 2), 9: (9, 1), 6: (6, 1), 5: (5, 1), 4: (4, 0), 2: (2, 0)}
     for limit, counts in expected.items():
         assert spliced_counts(example, [3, 3], limit) == counts
-        assert spliced_length(example, [3, 3], limit) == counts[0]
     behind = dataclasses.replace(example, ids=np.arange(7, dtype=np.int32), image_start=1)
     assert spliced_counts(behind, [3], 6) == (6, 2)
 
