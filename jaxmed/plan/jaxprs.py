@@ -110,6 +110,8 @@ def source(eqn: Any) -> str:
 def equations(jaxpr: Any, times: float = 1.0, loops: int = 0) -> Iterator[Equation]:
     """All equations, those of inner jaxprs included; of a branch the one that computes most."""
     for eqn in jaxpr.eqns:
+        if not eqn.outvars:  # a recomputation of which nothing is needed: compilers drop it
+            continue
         yield Equation(eqn, times, loops)
         name = eqn.primitive.name
         inner = [getattr(j, "jaxpr", j) for j in inner_jaxprs(eqn)]

@@ -11,6 +11,7 @@ from jaxmed.plan.topology import parse_topology
 
 CASES = [
     (btb3d, "v5p:2x2x4", (1, 8, 2, 1), 32768, {}),
+    (btb3d, "v5p:2x2x4", (1, 8, 2, 1), 32768, {"train.remat": "attention"}),
     (btb3d, "h100:1x8", (1, 8, 1, 1), 32768, {"train.remat": "attention"}),
     (btb3d, "h100:1x8", (1, 4, 1, 2), 32768, {"train.attention": "xla", "train.remat": "none"}),
     (vit3d_amos, "v5p:2x2x2", (1, 8, 1, 1), 1024, {"data.batch": 8}),
