@@ -74,9 +74,10 @@ def draft_of(row: Mapping[str, Any], source: str = "", reading: Reading = AS_PUB
         answer = answer if kind == "reports" else _report(answer, source)
     elif table.labels:
         question = f" {question}"
+        closed = reading.questions == "closed"
         if "choice a" in cells:
-            fields |= _choices(cells)
-        if reading.questions == "closed" and "choice a" in cells:
+            fields |= _choices(cells, needed=closed)
+        if closed and "choice a" in cells:
             question, answer = _closed(cells, question, answer, table, reading.upstream_exact)
     values = {name: value for name, value in row.items() if name.strip().lower() not in ("id", table.image)}
     name = cells.get("id")
@@ -88,20 +89,22 @@ def _known() -> str:
     return f"known tables have: {'; '.join([*tables, 'VolumeName, Findings_EN'])}"
 
 
-def _choices(cells: Mapping[str, Any]) -> dict[str, Any]:
-    """The choices that there are (`NA` is none) and the letter of the right one."""
+def _choices(cells: Mapping[str, Any], needed: bool) -> dict[str, Any]:
+    """The choices that there are (`NA` is none) and the letter of the right one. An open question, which does not show them,
+    has none where they are faulty."""
     answer = _text(cells, "answer choice", False).strip().upper()
     texts = {letter: _text(cells, f"choice {letter.lower()}", False) for letter in "ABCD"}
-    if answer and answer not in texts:
-        raise UserError(f"its answer choice is {answer!r}; it must be one of {', '.join(texts)}")
     options = {k: v for k, v in texts.items() if v.strip() not in ("", "NA") or k == answer}
+    fault = f"its answer choice is {answer!r}; it must be one of {', '.join(texts)}" if answer and answer not in texts else ""
     seen: dict[str, str] = {}
     for letter, text in options.items():
         other = seen.setdefault(" ".join(text.casefold().split()), letter)
-        if other != letter:
-            raise UserError(
-                f"its choices repeat: {other} and {letter} are both {text!r}; mend the choices, or take the row out"
-            )
+        if other != letter and not fault:
+            fault = f"its choices repeat: {other} and {letter} are both {text!r}; mend the choices, or take the row out"
+    if fault and needed:
+        raise UserError(fault)
+    if fault:
+        return {}
     return {"options": options, "answer": answer}
 
 

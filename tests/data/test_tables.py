@@ -161,6 +161,9 @@ def test_how_a_file_is_named_says_how_it_is_read(tmp_path):
     assert (closed.options, closed.answer, closed.question_type) == ({"A": "Left", "B": "Right"}, "B", "3")
     (opened,), _ = load_records(f"{table}:open", PLAIN)
     assert (texts([opened]), opened.answer) == ([(" Where?", "Right")], "B")
+    faulty = write(tmp_path, f"{M3D}\na.npy,t,3,Where?,Left,left,NA,NA,Right,E\n", "f.csv")
+    (opened,), problems = load_records(f"{faulty}:open", PLAIN)  # its choices are not shown
+    assert (texts([opened]), opened.options, problems) == ([(" Where?", "Right")], {}, [])
     odd = write(tmp_path, json.dumps(lists["test"]), "a:train.json")
     assert records_file(odd) == odd and load_records(odd, PLAIN)[0][0].images == ("8.npy",)
     assert records_file(f"{path}:open:test") == path and records_file("none.json:test") == "none.json:test"
