@@ -66,7 +66,7 @@ class Args:
     shard_size: str = "5GB"
     """Size of a weight file at most"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """KEY=VALUE for what no file stores, such as lora.alpha=12 (repeatable)"""
+    """KEY=VALUE for what no file stores, such as lora.alpha=12"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 

@@ -23,10 +23,11 @@ UPSTREAM_DEFECTS = ("history_eot", "na_choices", "pad_grey")
 
 @dataclass(frozen=True)
 class Args:
-    folder: Annotated[str, tyro.conf.Positional]
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """A run, an upstream folder, or a Hugging Face language model"""
     records: str
-    """LLaVA-style JSON, or a CSV of M3D or SAMF; its human turns are the questions"""
+    """LLaVA-style JSON, a CSV of M3D, SAMF or CT-RATE, AMOS-MM's dataset.json (dataset.json:validation:vqa), or a mixture; its
+    human turns are the questions"""
     out: str
     """Result, by custom named ..._vqa.json"""
     embeddings: str = ""
@@ -88,7 +89,7 @@ class Args:
     upstream_exact: str = ""
     """Upstream's defects to reproduce, comma-separated: history_eot, na_choices, pad_grey (see the README)"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """KEY=VALUE for what no file stores, such as lora.alpha=12 (repeatable)"""
+    """KEY=VALUE for what no file stores, such as lora.alpha=12"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: Annotated[DistributedConfig, tyro.conf.arg(help=JOINED)] = field(default_factory=DistributedConfig)
 
