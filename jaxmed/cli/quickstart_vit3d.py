@@ -181,7 +181,10 @@ def _placed(
 
 def say_stage(name: str, args: Args) -> None:
     if name == "clip":
-        print(f"\nPretraining by contrast, {args.pretrain_steps:,} steps; then retrieval among {args.retrieval} held-out pairs")
+        print(
+            f"\nPretraining by contrast, {args.pretrain_steps:,} steps; then retrieval among {args.retrieval} held-out pairs",
+            flush=True,
+        )
     else:
         print(f"\nFine-tuning {RUNS[name]}, {args.steps:,} steps on {args.studies:,} reports", flush=True)
 
@@ -220,7 +223,7 @@ def by_finding(found: Mapping[tuple[str, str], Mapping[str, float]]) -> dict[str
 
 
 def retrieval_title(args: Args) -> str:
-    return f"Retrieval among {args.retrieval} held-out pairs whose captions all differ (chance {1 / args.retrieval:.2f})"
+    return f"Retrieval, {args.retrieval} held-out pairs (chance {1 / args.retrieval:.2f})"
 
 
 def retrieval_rows(recalls: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -80,7 +80,7 @@ def test_everything_in_its_order_and_what_it_says(folder: Path, stages, capsys: 
     assert "does not find what belongs together: recall@1 0.25 from volume to report, 0.75 back" in text
     assert "Pretraining pays: F1 1.000 from the pretrained ViT, 0.000 from scratch, each 2 steps on 32 reports" in text
     page = (folder / "scores" / "report.html").read_text()
-    assert "Retrieval among 14 held-out pairs" in page and "ViT from scratch" in page
+    assert "Retrieval, 14 held-out pairs" in page and "ViT from scratch" in page
     assert (folder / "comparison" / "comparison.html").exists()
 
 
