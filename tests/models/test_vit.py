@@ -149,7 +149,6 @@ def test_images_that_do_not_fit_are_refused(one_device):
 
 def test_configs_that_cannot_be_are_refused():
     for changes in (
-        {"heads": 5},
         {"select_layer": -4},
         {"patch": (5,)},
         {"final_norm": True},
@@ -157,5 +156,7 @@ def test_configs_that_cannot_be_are_refused():
     ):
         with pytest.raises(ConfigError, match="tower"):
             dataclasses.replace(TINY, **changes)
+    with pytest.raises(ConfigError, match="no multiple of tower.heads 5"):
+        jax.eval_shape(lambda: Vit(dataclasses.replace(TINY, heads=5), jax.random.key(0)))
     assert TowerConfig().kind == "none"
     assert (SIGLIP_SO400M_384.blocks, SIGLIP_SO400M_384.grid) == (26, (27, 27))

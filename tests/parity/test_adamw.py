@@ -10,7 +10,7 @@ import transformers
 
 from jaxmed.config import OptimConfig
 from jaxmed.train.init import flatten, unflatten
-from jaxmed.train.optim import clip, label, make_optimizer, schedule
+from jaxmed.train.optim import clip, label, make_optimizer, own_rates, schedule
 
 STEPS = 20
 SHAPES = {
@@ -152,4 +152,13 @@ def test_groups():
         ("projector", "pool", "query"): "projector_decay",
         ("projector", "norm_sd"): "fixed",
     }
-    assert {path: label(path) for path in groups} == groups
+    apart = {
+        ("tower", "patch", "weight"): "tower_decay",
+        ("tower", "norm", "bias"): "tower_no_decay",
+        ("decoder", "embed", "added"): "embed_decay",
+        ("decoder", "head", "weight"): "embed_decay",
+    }
+    alike = {path: f"other_{name.split('_', 1)[1]}" for path, name in apart.items()}
+    for optim, expected in ((OptimConfig(), alike), (OptimConfig(tower_learning_rate=1e-3, embed_learning_rate=1e-4), apart)):
+        wanted = groups | expected
+        assert {path: label(path, own_rates(optim)) for path in wanted} == wanted
