@@ -15,14 +15,13 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmed.config import AttentionBackend
 from jaxmed.errors import Notice
 from jaxmed.nn import attention_cudnn, attention_splash, attention_xla
 from jaxmed.nn.attention_mask import NEGATIVE, Layout, Mask, layout_for
 from jaxmed.nn.cache import context_shards
-from jaxmed.sharding import Rules, balanced_order
+from jaxmed.sharding import Rules
 
 __all__ = ["Layout", "Mask", "attention", "cached_attention", "choose_backend", "layout_for", "mesh_platform"]
 
@@ -78,10 +77,9 @@ def attention(
             k, v = (own_kv_heads(x, q.shape[2], axis=2) for x in (k, v))
         keys = (k, v, positions, segments)
         if context > 1:
-            keys = tuple(jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in keys)
-        if context > 1 and layout.order == "balanced":
-            natural = np.argsort(balanced_order(length, context))
-            keys = tuple(x[:, natural] for x in keys)
+            # along a new first axis: TPUs sum the gradients of arrays split there by reduce-scatter, else by all-reduce
+            keys = tuple(jax.lax.all_gather(x, "context") for x in keys)
+            keys = tuple(from_balanced(x) if layout.order == "balanced" else _flat(x) for x in keys)
         return keys
 
     if backend == "splash":
@@ -114,6 +112,29 @@ def attention(
         return attention_xla.local_attention(inputs[0], k, v, where, mask, layout, context, axes)
 
     return jax.shard_map(by_xla, in_specs=specs, out_specs=q_spec)(*inputs)
+
+
+@jax.custom_vjp
+def from_balanced(x: jax.Array) -> jax.Array:
+    """[c, B, T / c, ...] of shards in `balanced_order` -> [B, T, ...] in natural order. Made of whole pieces, backward too: an
+    index along T would turn into a scatter there."""
+    half = x.shape[2] // 2
+    return jnp.concatenate([_flat(x[:, :, :half]), _flat(x[::-1, :, half:])], axis=1)
+
+
+def _to_balanced(context: int, y: jax.Array) -> tuple[jax.Array]:
+    pieces = y.reshape(y.shape[0], 2, context, -1, *y.shape[2:])
+    first, second = (jnp.moveaxis(pieces[:, n], 1, 0) for n in range(2))
+    return (jnp.concatenate([first, second[::-1]], axis=2),)
+
+
+from_balanced.defvjp(lambda x: (from_balanced(x), x.shape[0]), _to_balanced)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """[c, B, T / c, ...] -> [B, T, ...]"""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def own_kv_heads(x: jax.Array, local_heads: int, axis: int) -> jax.Array:

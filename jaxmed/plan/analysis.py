@@ -69,7 +69,7 @@ def analyse(experiment: Experiment, topology: Topology, step: programs.Step, len
             kernels.add(equation.name)
         else:
             products += equation.flops * equation.times
-    sent = stated(jaxpr, sizes, counts.gathered_shapes(trained | frozen))
+    sent = stated(jaxpr, sizes, counts.gathered_shapes(trained | frozen), topology.chip.platform != "cpu")
     by_axes: Counter[tuple[str, ...]] = Counter()
     for c in sent:
         by_axes[c.axes] += c.total

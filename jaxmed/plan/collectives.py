@@ -8,7 +8,7 @@ goes between slices of TPUs is handed to the host (`send` to the megascale runti
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,23 +35,29 @@ def groups_of(instruction: hlo.Instruction) -> list[tuple[int, ...]]:
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
     if pairs:
         return [tuple(int(n) for n in p) for p in re.findall(r"\{?(\d+),(\d+)", pairs[1])]
-    by_axis = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest)
+    by_axis = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? ?\{([^}]*)\}", rest)
     if by_axis:
-        return _mesh_groups(by_axis[1], by_axis[2])
+        return _mesh_groups(by_axis[1], by_axis[3], by_axis[2])
     listed = re.search(r"replica_groups=\{(\{.*?\})\}", rest)
     if listed:
         return [tuple(int(n) for n in g.split(",")) for g in re.findall(r"\{([\d,]+)\}", listed[1])]
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest)
     if iota:
-        numbers = np.arange(math.prod(int(n) for n in iota[3].split(","))).reshape([int(n) for n in iota[3].split(",")])
-        if iota[4]:
-            numbers = numbers.transpose([int(n) for n in iota[4].split(",")])
-        return [tuple(int(n) for n in row) for row in numbers.reshape(int(iota[1]), int(iota[2]))]
+        return [tuple(int(n) for n in row) for row in _numbers(iota[3]).reshape(int(iota[1]), int(iota[2]))]
     return []
 
 
-def _mesh_groups(mesh: str, axes: str) -> list[tuple[int, ...]]:
-    """`'a'=1,'b'=4,'c'=2` and `'b','c':(1)2`: the axes that a group spans; `:(m)n` is the n-fold part after an m-fold one."""
+def _numbers(text: str) -> np.ndarray:
+    """`[4,2]T(1,0)`: the numbers 0..7 in that shape, transposed -> flat"""
+    shape, _, order = text.strip("[)").partition("]")
+    sizes = [int(n) for n in shape.split(",")]
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return (numbers.transpose([int(n) for n in order[2:].split(",")]) if order else numbers).reshape(-1)
+
+
+def _mesh_groups(mesh: str, axes: str, devices: str | None) -> list[tuple[int, ...]]:
+    """`'a'=1,'b'=4,'c'=2` and `'b','c':(1)2`: the axes that a group spans; `:(m)n` is the n-fold part after an m-fold one.
+    `devices`: those of the mesh in its order, such as `[4,2]T(1,0)` or `3,1,0,2`; None: 0, 1, 2, ..."""
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
     parts = {name: (int(m or 1), int(n or sizes[name])) for name, m, n in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
     shape, spanned = [], []
@@ -60,7 +66,10 @@ def _mesh_groups(mesh: str, axes: str) -> list[tuple[int, ...]]:
         for part, inner in ((before, False), (inside, True), (size // before // inside, False)):
             shape.append(part)
             spanned.append(inner)
-    numbers = np.arange(math.prod(shape)).reshape(shape)
+    numbers = np.arange(math.prod(shape))
+    if devices:
+        numbers = _numbers(devices) if devices.startswith("[") else np.array([int(n) for n in devices.split(",")])
+    numbers = numbers.reshape(shape)
     order = [i for i, inner in enumerate(spanned) if not inner] + [i for i, inner in enumerate(spanned) if inner]
     count = math.prod(n for n, inner in zip(shape, spanned, strict=True) if inner)
     return [tuple(int(n) for n in row) for row in numbers.transpose(order).reshape(-1, count)]
@@ -90,16 +99,12 @@ def found(module: hlo.Module, sizes: Mapping[str, int]) -> list[Collective]:
             if kind is None or not times.get(name) or _goes_on(body, instruction):
                 continue
             groups = groups_of(instruction) or everyone
-            axes = axes_of(groups, sizes)
-            whole = _whole(module, name, instruction, kind)
-            n = 2 if kind == "permute" else len(groups[0])
-            shape = re.search(r"\b([a-z]\w*)\[([\d,]*)\]", instruction.result)
-            dims = tuple(int(d) for d in shape[2].split(",") if d) if shape else ()
-            if n > 1 and whole:
-                sent = whole if kind == "permute" else wire_bytes(kind, n, whole)
-                result.append(
-                    Collective(kind, axes, sent, times[name], hlo.place(module, instruction), shape[1] if shape else "", dims)
-                )
+            axes, n = axes_of(groups, sizes), 2 if kind == "permute" else len(groups[0])
+            for whole, array, source in _arrays(module, body, instruction, kind, n):
+                if n > 1 and whole:
+                    sent = whole if kind == "permute" else wire_bytes(kind, n, whole)
+                    dtype, dims = _shape(array)
+                    result.append(Collective(kind, axes, sent, times[name], source, dtype, dims))
     return result
 
 
@@ -111,8 +116,7 @@ def _between_slices(module: hlo.Module, send: hlo.Instruction, times: float, siz
     own = hlo.bytes_of(send.result)[0]
     whole = own * n if kind in ("all-gather", "reduce-scatter") else own
     axes = ("data",) if sizes["data"] % n == 0 else ("data", "fsdp") if sizes["data"] > 1 else ("fsdp",)
-    dtype, dims = re.search(r"\b([a-z]\w*)\[([\d,]*)\]", send.result).groups()
-    shape = tuple(int(d) for d in dims.split(",") if d)
+    dtype, shape = _shape(re.search(r"\b[a-z]\w*\[[\d,]*\]", send.result)[0])
     return Collective(kind, axes, wire_bytes(kind, n, whole), times, hlo.place(module, send), dtype, shape, far=True)
 
 
@@ -129,18 +133,45 @@ def _goes_on(body: list[hlo.Instruction], instruction: hlo.Instruction) -> bool:
     return "chain_id=" in instruction.rest and not starts
 
 
-def _whole(module: hlo.Module, computation: str, instruction: hlo.Instruction, kind: str) -> float:
-    """Bytes of the larger of operands and results on one device."""
-    made = hlo.bytes_of(instruction.result)
-    if instruction.opcode.endswith("-start") and kind in ("all-gather", "permute", "all-to-all", "reduce-scatter"):
-        # (operands, results, handles): the operands come first
-        half = len(instruction.operands)
-        before, after = made[:half], made[half : 2 * half]
-        return float(max(sum(before), sum(after))) if kind != "permute" else float(sum(before))
-    if kind == "reduce-scatter":
-        n = len((groups_of(instruction) or [()])[0])
-        return float(sum(made) * max(n, 1))
-    return float(sum(made))
+def _arrays(
+    module: hlo.Module, body: list[hlo.Instruction], instruction: hlo.Instruction, kind: str, n: int
+) -> Iterator[tuple[float, str, str]]:
+    """Of each array that a collective carries (compilers combine several): bytes of the larger of operand and result on one
+    device, the result's type, and the source line. `n`: devices in a group."""
+    made = re.findall(r"\b[a-z]\w*\[[\d,]*\]", instruction.result)
+    results = made
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results, handles)
+        count = len(instruction.operands)
+        made, results = made[:count], made[count : 2 * count]
+    for index, array in enumerate(results):
+        whole = max(sum(hlo.bytes_of(text)) for text in (array, made[index]))
+        if kind == "permute":
+            whole = sum(hlo.bytes_of(made[index]))
+        elif kind == "reduce-scatter" and results is made:
+            whole *= n
+        alone = len(results) == 1
+        yield float(whole), array, hlo.place(module, instruction if alone else _maker(body, instruction, index) or instruction)
+
+
+def _maker(body: list[hlo.Instruction], instruction: hlo.Instruction, index: int) -> hlo.Instruction | None:
+    """What computed an operand of a combined collective, which itself names one source line at most."""
+    by_name = {other.name: other for other in body}
+    found = by_name.get(instruction.operands[index])
+    while found is not None and found.opcode in _PASSED_ON and found.operands:
+        place = re.search(r"index=(\d+)", found.rest) if found.opcode == "get-tuple-element" else None
+        found = by_name.get(found.operands[0])
+        if place and found is not None and found.opcode in KINDS and int(place[1]) < len(found.operands):
+            found = by_name.get(found.operands[int(place[1])])
+    return found
+
+
+_PASSED_ON = ("get-tuple-element", "bitcast", "copy", "reshape", "transpose", "convert")
+
+
+def _shape(array: str) -> tuple[str, tuple[int, ...]]:
+    """`bf16[2,3]` -> its type and shape"""
+    dtype, _, dims = array.rstrip("]").partition("[")
+    return dtype, tuple(int(d) for d in dims.split(",") if d)
 
 
 def as_rows(module: hlo.Module, sizes: Mapping[str, int]) -> list[dict[str, Any]]:

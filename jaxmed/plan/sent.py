@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxmed.plan.jaxprs import Equation, equations, gathers, nbytes, spec_axes, unreduced
+from jaxmed.plan.jaxprs import Equation, equations, explicit, gathers, nbytes, spec_axes, unreduced
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,20 @@ _MANUAL = {
 }
 
 
-def stated(jaxpr: Any, sizes: Mapping[str, int], parameters: set[tuple]) -> list[Collective]:
+def stated(jaxpr: Any, sizes: Mapping[str, int], parameters: set[tuple], folds: bool = True) -> list[Collective]:
     """The collectives that a jaxpr states: manual ones, changes of sharding, and sums over split dimensions.
 
-    sizes: of the mesh axes; parameters: (shape, dtype) of gathered weights, so that those are known as such.
+    sizes: of the mesh axes; parameters: shapes of gathered weights, so that those are known as such; folds: whether a sum over
+    several split dimensions is one collective (TPUs' compiler joins what the partitioner makes of each, CPUs' does not).
     """
     found = []
+    laid_out: dict[
+        int, Any
+    ] = {}  # id of what leaves the explicit axes for an operation with an out_sharding -> as it was before
     for equation in equations(jaxpr):
-        for kind, axes, aval, whole in _of(equation):
+        if equation.name == "reshard" and not explicit(equation.eqn.outvars[0].aval):
+            laid_out[id(equation.eqn.outvars[0])] = equation.eqn.invars[0].aval
+        for kind, axes, aval, whole in _of(equation, laid_out, folds):
             axes = tuple(a for a in sizes if a in axes and sizes[a] > 1)
             if not axes:
                 continue
@@ -81,7 +87,7 @@ def stated(jaxpr: Any, sizes: Mapping[str, int], parameters: set[tuple]) -> list
     return found
 
 
-def _of(equation: Equation) -> Iterable[tuple[str, tuple[str, ...], Any, float]]:
+def _of(equation: Equation, laid_out: Mapping[int, Any], folds: bool) -> Iterable[tuple[str, tuple[str, ...], Any, float]]:
     """(kind, axes, result, bytes of the larger side) of what one equation sends."""
     eqn, name = equation.eqn, equation.name
     if name in _MANUAL:
@@ -105,17 +111,25 @@ def _of(equation: Equation) -> Iterable[tuple[str, tuple[str, ...], Any, float]]
             yield "all-to-all", moved, after, float(max(nbytes(before), nbytes(after)))
         if summed := unreduced(before) - unreduced(after):
             yield "all-reduce", tuple(summed), after, float(nbytes(after))
-    elif name == "dot_general":
-        (contract, _), _ = eqn.params["dimension_numbers"]
-        split = spec_axes(eqn.invars[0].aval)
-        summed = tuple(a for i in contract for a in split[i] if a not in unreduced(eqn.outvars[0].aval))
-        if summed:
+    else:
+        for summed in _sums(eqn, laid_out, folds):
             yield "all-reduce", summed, eqn.outvars[0].aval, float(nbytes(eqn.outvars[0].aval))
+
+
+def _sums(eqn: Any, laid_out: Mapping[int, Any], folds: bool) -> list[tuple[str, ...]]:
+    """Mesh axes over which an equation sums dimensions that are split: of each collective."""
+    name, split, summed = eqn.primitive.name, [], []
+    if name == "dot_general":
+        (summed, _), _ = eqn.params["dimension_numbers"]
+        later = unreduced(eqn.outvars[0].aval)
+        split = [tuple(a for a in axes if a not in later) for axes in spec_axes(eqn.invars[0].aval)]
     elif name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"):
-        split = spec_axes(eqn.invars[0].aval)
-        summed = tuple(a for i in eqn.params["axes"] for a in split[i])
-        if summed:
-            yield "all-reduce", summed, eqn.outvars[0].aval, float(nbytes(eqn.outvars[0].aval))
+        split, summed = spec_axes(eqn.invars[0].aval), eqn.params["axes"]
+    elif name == "scatter-add" and id(eqn.invars[2]) in laid_out:  # the gradient of a table that rows are taken from
+        split = spec_axes(laid_out[id(eqn.invars[2])])
+        summed = sorted(set(range(len(split))) - set(eqn.params["dimension_numbers"].update_window_dims))
+    found = [split[i] for i in summed if split[i]]
+    return [tuple(a for axes in found for a in axes)] if folds and found else found
 
 
 def merged(collectives: Iterable[Collective]) -> list[Collective]:

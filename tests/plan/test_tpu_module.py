@@ -1,7 +1,6 @@
 """A small step compiled for a TPU slice that is not there: what its module sends (Linux x86-64 with libtpu)."""
 
 import importlib.util
-from collections import Counter
 
 import pytest
 from small import small
@@ -40,13 +39,24 @@ def test_weights_are_sent_twice_and_no_more(step):
     assert sent <= 1.05 * found.frozen_twice + adapters / 2
 
 
+def test_gradients_of_keys_and_values_are_scattered_not_summed(step):
+    """Over context, a layer each: every shard gets its own part of them, half the bytes of an all-reduce."""
+    found, compiled = step
+    stated = sum(c.total for c in found.sent if (c.kind, c.axes) == ("reduce-scatter", ("context",)))
+    rows = [c for c in from_rows(compiled.collectives) if c.axes == ("context",)]
+    assert sum(c.total for c in rows if c.kind == "reduce-scatter") == stated > 0
+    assert not [c for c in rows if c.kind == "all-reduce" and c.times > 1], "in a loop over layers"
+
+
 def test_gradients_that_are_summed_are_the_adapters(step):
     """Nothing of a frozen matrix's size is summed over fsdp."""
     _, compiled = step
-    summed = Counter(tuple(sorted(c["shape"])) for c in compiled.collectives if c["kind"] in ("all-reduce", "reduce-scatter"))
-    matrices = {(128, 128), (64, 128), (128, 384), (128, 768)}
-    assert not {tuple(n for n in shape if n > 1) for shape in summed} & matrices
-    assert any(6 in shape for shape in summed), "the adapters' are"
+    sums = [c for c in from_rows(compiled.collectives) if c.kind in ("all-reduce", "reduce-scatter")]
+    summed = {(tuple(sorted(n for n in c.shape if n > 1)), c.times > 1) for c in sums}
+    frozen = {((n, m), True) for n, m in ((128, 128), (64, 128), (128, 384))} | {((128, 768), False)}
+    assert not summed & frozen
+    assert ((128, 128), False) in summed, "the projector's, which is trained, is"
+    assert any(6 in shape for shape, _ in summed), "the adapters' are"
 
 
 def test_the_module_computes_what_the_traced_program_states(step):
