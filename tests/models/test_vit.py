@@ -156,7 +156,7 @@ def test_configs_that_cannot_be_are_refused():
     ):
         with pytest.raises(ConfigError, match="tower"):
             dataclasses.replace(TINY, **changes)
-    with pytest.raises(ConfigError, match="no multiple of tower.heads 5"):
+    with pytest.raises(ConfigError, match=r"no multiple of tower\.heads 5"):
         jax.eval_shape(lambda: Vit(dataclasses.replace(TINY, heads=5), jax.random.key(0)))
     assert TowerConfig().kind == "none"
     assert (SIGLIP_SO400M_384.blocks, SIGLIP_SO400M_384.grid) == (26, (27, 27))
