@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxmed.plan.jaxprs import CALLS, explicit, gathers, inner_jaxprs, is_kernel, nbytes, on_host, source
-from jaxmed.plan.readers import cast_before, is_var, last_readers
+from jaxmed.plan.readers import cast_before, gathered_ahead, is_var, last_readers
 
 VIEWS = {
     "reshape", "squeeze", "expand_dims", "transpose", "slice", "rev", "broadcast_in_dim", "pvary", "pcast", "copy", "copy_p",
@@ -78,6 +78,8 @@ class Machine:
     """How many times its own size a chain may keep alive, alone, before it is written"""
     label: Callable[[Any, Any, "Machine"], str]
     """(equation, variable, machine) -> class of a new buffer"""
+    ahead: bool = False
+    """Whether weights are gathered before their reader's turn, outside of loops: by several GPUs"""
     depth: int = 0
     """Loops over layers around the equation"""
     loops: int = 0
@@ -118,11 +120,12 @@ class Machine:
         env: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
         for v in jaxpr.constvars:
             env[v] = Value(())
-        last, casts = last_readers(jaxpr), cast_before(jaxpr)
+        eqns = gathered_ahead(jaxpr) if self.ahead and not self.loops else jaxpr.eqns
+        last, casts = last_readers(jaxpr, eqns), cast_before(jaxpr)
         for v in [*jaxpr.invars, *jaxpr.constvars]:
             if v not in last:
                 self.drop(env.pop(v))
-        for index, eqn in enumerate(jaxpr.eqns):
+        for index, eqn in enumerate(eqns):
             read = [env.get(v, Value(())) if is_var(v) else Value(()) for v in eqn.invars]
             dying = {v for v in eqn.invars if is_var(v) and last.get(v) == index and v in env}
             if eqn.primitive.name in PRODUCTS or is_kernel(eqn):

@@ -83,7 +83,9 @@ def estimate(program: Program, experiment: Experiment, platform: str) -> Memory:
             return "gradients"
         return "working set"
 
-    machine = Machine(platform != "cpu", 2.0 if platform == "cuda" else 1.0, label)
+    mesh = experiment.mesh
+    alone = mesh.data * mesh.fsdp * mesh.context * mesh.tensor == 1
+    machine = Machine(platform != "cpu", 2.0 if platform == "cuda" else 1.0, label, platform == "cuda" and not alone)
     arguments = []
     for v, kind, donated, name in zip(jaxpr.invars, program.classes, program.donated, program.names, strict=True):
         buffer = machine.make(nbytes(v.aval), kind, f"{v.aval.str_short(short_dtypes=True)} {name}")
@@ -92,8 +94,6 @@ def estimate(program: Program, experiment: Experiment, platform: str) -> Memory:
     machine.check()
     machine.run(jaxpr, arguments)
     classes = {name: machine.peak.classes.get(name, 0) for name in CLASSES}
-    mesh = experiment.mesh
-    alone = mesh.data * mesh.fsdp * mesh.context * mesh.tensor == 1
     classes["compiler"] = 0 if alone else round(COMPILER_SHARE[platform] * sum(classes.values()))
     return Memory(classes, machine.peak.largest, kept_on_host(jaxpr))
 

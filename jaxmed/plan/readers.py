@@ -1,16 +1,34 @@
 """Who reads a variable of a jaxpr, and how: for jaxmed.plan.liveness."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxmed.plan.jaxprs import CALLS, gathers, inner_jaxprs, nbytes
 
 
-def last_readers(jaxpr: Any) -> dict[Any, int]:
-    """Index of the last equation that reads each variable; results are read after the last one."""
+def last_readers(jaxpr: Any, eqns: Sequence[Any]) -> dict[Any, int]:
+    """Index of the last equation that reads each variable, `eqns` being the jaxpr's; results are read after the last one."""
     last: dict[Any, int] = {}
-    for index, eqn in enumerate(jaxpr.eqns):
+    for index, eqn in enumerate(eqns):
         last |= {v: index for v in eqn.invars if is_var(v)}
-    return last | {v: len(jaxpr.eqns) for v in jaxpr.outvars if is_var(v)}
+    return last | {v: len(eqns) for v in jaxpr.outvars if is_var(v)}
+
+
+def gathered_ahead(jaxpr: Any, products: int = 3) -> list[Any]:
+    """The equations in an order in which arguments are gathered before the last three products ahead of their reader, as GPUs'
+    compiler does to hide the transfer. No gather goes before a loop."""
+    inputs, ordered = set(jaxpr.invars), []
+    for eqn in jaxpr.eqns:
+        place = len(ordered)
+        if eqn.primitive.name == "reshard" and is_var(eqn.invars[0]) and eqn.invars[0] in inputs and gathers(eqn):
+            seen = 0
+            for index in range(len(ordered) - 1, -1, -1):
+                if ordered[index].primitive.name in ("scan", "while") or seen == products:
+                    break
+                if ordered[index].primitive.name == "dot_general":
+                    seen, place = seen + 1, index
+        ordered.insert(place, eqn)
+    return ordered
 
 
 def is_var(v: Any) -> bool:

@@ -107,3 +107,31 @@ def test_what_is_only_read_in_a_narrower_type_is_gathered_in_it():
 
     assert largest(narrow=True) == 2 * 256 * 256 * 2, "the gathered weight and its square"
     assert largest(narrow=False) >= 4 * 256 * 256
+
+
+def test_several_gpus_gather_weights_ahead_of_their_reader_but_not_before_a_loop():
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Explicit,))
+    whole, weight = PartitionSpec(None, None), 4 * 256 * 512
+
+    def straight(x, a, b, w):
+        z = jnp.tanh(x @ a) @ b
+        return z[:1] @ jax.sharding.reshard(w, whole)
+
+    def looped(x, a, b, w):
+        z = jax.lax.scan(lambda z, _: (jnp.tanh(z @ a) @ b, None), x, length=3)[0]
+        return z[:1] @ jax.sharding.reshard(w, whole)
+
+    def largest(f, ahead):
+        with jax.set_mesh(mesh):
+            parts = [((256, 256), whole), ((256, 8192), whole), ((8192, 256), whole), ((256, 512), PartitionSpec("fsdp", None))]
+            given = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, spec)) for s, spec in parts]
+            jaxpr = jax.make_jaxpr(f)(*given).jaxpr
+        machine = Machine(True, 2.0, lambda eqn, out, machine: "made", ahead)
+        held = [machine.make(nbytes(v.aval), "frozen", "") for v in jaxpr.invars]
+        for buffer in held:
+            buffer.readers += 2
+        machine.run(jaxpr, [Value((b,), weight=n == 3) for n, b in enumerate(held)])
+        return machine.peak.bytes
+
+    assert largest(straight, ahead=True) == largest(straight, ahead=False) + weight
+    assert largest(looped, ahead=True) == largest(looped, ahead=False)
