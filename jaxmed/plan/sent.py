@@ -111,6 +111,12 @@ def _of(equation: Equation, laid_out: Mapping[int, Any], folds: bool) -> Iterabl
             yield "all-to-all", moved, after, float(max(nbytes(before), nbytes(after)))
         if summed := unreduced(before) - unreduced(after):
             yield "all-reduce", tuple(summed), after, float(nbytes(after))
+    elif name == "argmax":  # each shard's largest value and its index come to all
+        before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+        for over in (axes for i in eqn.params["axes"] if (axes := spec_axes(before)[i])):
+            shards = math.prod(before.sharding.mesh.shape[a] for a in over)
+            one = nbytes(after) // after.dtype.itemsize * (after.dtype.itemsize + before.dtype.itemsize)
+            yield "all-gather", over, after, float(shards * one)
     else:
         for summed in _sums(eqn, laid_out, folds):
             yield "all-reduce", summed, eqn.outvars[0].aval, float(nbytes(eqn.outvars[0].aval))
@@ -123,7 +129,7 @@ def _sums(eqn: Any, laid_out: Mapping[int, Any], folds: bool) -> list[tuple[str,
         (summed, _), _ = eqn.params["dimension_numbers"]
         later = unreduced(eqn.outvars[0].aval)
         split = [tuple(a for a in axes if a not in later) for axes in spec_axes(eqn.invars[0].aval)]
-    elif name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"):
+    elif name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or"):
         split, summed = spec_axes(eqn.invars[0].aval), eqn.params["axes"]
     elif name == "scatter-add" and id(eqn.invars[2]) in laid_out:  # the gradient of a table that rows are taken from
         split = spec_axes(laid_out[id(eqn.invars[2])])
