@@ -31,6 +31,10 @@ MORE = [
 ]
 
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Of machine code, which nobody runs here; the module is the same"""
+
+
 @cache
 def step(shape, remat="full", microbatches=1, trainable="adapter", what="train"):
     """-> what the plan states, and what the compiled module holds"""
@@ -50,7 +54,7 @@ def step(shape, remat="full", microbatches=1, trainable="adapter", what="train")
         program = programs.trace(experiment, mesh, what, LENGTH, "cpu")
         trained, frozen = programs.parameter_counts(experiment, mesh)
         planned = stated(program.traced.jaxpr.jaxpr, sizes, gathered_shapes(trained | frozen), folds=False)
-        text = program.traced.lower().compile().as_text()
+        text = program.traced.lower().compile(QUICK).as_text()
     return planned, collectives.found(hlo.parse(text), sizes)
 
 
