@@ -159,7 +159,8 @@ def cached_attention(
     -> [B, T, Q, H]. The scores [B, Q, T, S] exist at once, so T is small here (one, in the decode loop).
 
     Slots may be split over `context`: each shard takes the softmax over its own, and the shards' results are joined by their
-    maxima and denominators. `branches`: those that each query sees [B, T, A], and that each slot is of [B, S]; None: no branches.
+    maxima and denominators. `branches`: those that each query sees [B, T, A], and that each slot is of [B, S]; None: no
+    branches.
     """
     merged = bool(rules.length)
 

@@ -96,6 +96,13 @@ def test_remat_keeps_what_the_kernel_gave(platform, name, remat, forwards):
         assert sum("dkv" in n for n in kernels) == sum("dq" in n for n in kernels) == 1
 
 
+def test_gradients_of_keys_go_back_to_their_shards_without_an_index():
+    """Balanced over context: whole pieces are moved, forward and backward. An index along T would scatter, row by row."""
+    found = list(names_in(traced_gradient("full", (1, 1, 4, 2), "balanced").jaxpr.jaxpr))
+    assert found.count("reduce_scatter") == 2
+    assert not [n for n in found if n.startswith("scatter") or n == "gather"]
+
+
 def test_cudnn_lowers_for_cuda_with_lengths_and_no_square(platform):
     platform("gpu")
     text = traced_gradient("attention").lower(lowering_platforms=("cuda",)).as_text()

@@ -113,3 +113,16 @@ def test_the_classes_agree_with_the_gpu_compiler(mesh, remat, rows):
     least = analyse(config, topology, "train", 32768).least["fsdp"]
     sent = sum(c["bytes"] * c["times"] for c in compiled.collectives if "fsdp" in c["axes"] and c["kind"] == "all-gather")
     assert 0.9 * least <= sent <= 1.2 * least
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the plan-gpu extra")
+def test_a_prefills_classes_agree_with_the_gpu_compiler():
+    """The head is gathered while the last layers still run: it lies beside their widest arrays."""
+    config = btb3d.get_config()
+    config = dataclasses.replace(config, mesh=MeshConfig(1, 8, 1, 1), data=dataclasses.replace(config.data, batch=8))
+    topology, length = parse_topology("h200:1x8"), config.data.buckets[-1]
+    compiled = compile_step(config, topology, "prefill", length)
+    memory = analyse(config, topology, "prefill", length).memory
+    assert memory.total == pytest.approx(compiled.used, rel=0.05)
+    assert memory.classes["gathered weights"] >= 128512 * 4096 * 2
