@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import Literal
 import numpy as np
 
 from jaxmed.config import VisualConfig
+from jaxmed.data.embeddings import read_npy_header
 from jaxmed.data.parallel import over_items
 from jaxmed.data.prepare import Frame, Prepared, metadata_row, prepare
 from jaxmed.data.volume_sources import kind_of, stamp
@@ -132,15 +134,23 @@ def _problem(path: str, error: UserError) -> Problem:
 def _read(place: str, visual: VisualConfig) -> Prepared | None:
     """None where nothing whole is there."""
     try:
-        values = np.load(place, allow_pickle=False)
+        values = _read_values(place, visual.volume)
         with open(f"{place.removesuffix('.npy')}.json", encoding="utf-8") as file:
             about = json.load(file)
         frame = Frame(**{name: _tuples(value) for name, value in about["frame"].items()})
     except (OSError, ValueError, EOFError, KeyError, TypeError):
         return None
-    if values.shape != visual.volume or values.dtype != np.float32:
-        return None
     return Prepared(values[..., None], tuple(about["notices"]), frame)
+
+
+def _read_values(place: str, size: tuple[int, ...]) -> np.ndarray:
+    """[D, H, W] float32; ValueError if the file is another or cut short. Not np.load: threads read here, and it would parse
+    two headers at once."""
+    with open(place, "rb") as file:
+        shape, dtype, fortran, _ = read_npy_header(file)
+        if shape != size or dtype != np.float32:
+            raise ValueError(f"{shape} {dtype}")
+        return np.fromfile(file, dtype, math.prod(shape)).reshape(shape, order="F" if fortran else "C")
 
 
 def _tuples(value: object) -> object:

@@ -1,6 +1,9 @@
 """Prepared volumes on disk: nothing old is used again, filling goes on where it stopped, one bad volume is told."""
 
+import ast
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -43,6 +46,26 @@ def test_a_volume_is_prepared_once(tmp_path, scan, counted):
     np.testing.assert_array_equal(read_input(scan, config).values, prepare(scan, config).values)
     assert np.load(place_of(scan, config)).shape == (4, 5, 6)
     assert sorted(name.rpartition(".")[2] for name in os.listdir(tmp_path / "cache")) == ["json", "npy"]
+
+
+def test_threads_parse_headers_one_at_a_time(tmp_path, scan, monkeypatch):
+    """CPython 3.11 counts the recursion of its parser for all threads together, and fails where two parse at once."""
+    config = visual(tmp_path / "cache")
+    wanted = prepared(scan, config).values
+    inside, most, parse = [], [], ast.literal_eval
+
+    def slow(text):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.005)
+        inside.pop()
+        return parse(text)
+
+    monkeypatch.setattr(ast, "literal_eval", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: prepared(scan, config).values, range(16)))
+    assert len(most) == 16 and max(most) == 1
+    np.testing.assert_array_equal(found[-1], wanted)
 
 
 def test_whatever_changes_nothing_old_is_used_again(tmp_path, scan, counted, monkeypatch):
