@@ -238,7 +238,7 @@ class Machine:
     def scan(self, eqn: Any, read: list[Value], dying: set, env: dict) -> list[Value]:
         p = eqn.params
         body = p["jaxpr"].jaxpr
-        consts, carries = p["num_consts"], p["num_carry"]
+        consts, carries = _scan_counts(eqn)
         ys = eqn.outvars[carries:]
         stacked = [self.make(nbytes(y.aval), self.label(eqn, y, self), _what(eqn, y)) for y in ys]
         held = [self.hold(Value((b,))) for b in stacked]
@@ -288,3 +288,12 @@ def _is_cast(value: Value, out: Any) -> bool:
 
 def _what(eqn: Any, out: Any) -> str:
     return f"{out.aval.str_short(short_dtypes=True)} {eqn.primitive.name} {source(eqn)}"
+
+
+def _scan_counts(eqn: Any) -> tuple[int, int]:
+    """Constants and carries of a scan, by shapes: what is stacked has one axis more outside. (Versions of JAX name them
+    differently.)"""
+    body = eqn.params["jaxpr"].jaxpr
+    carries = sum(a.aval.shape == b.aval.shape for a, b in zip(eqn.outvars, body.outvars, strict=True))
+    whole = sum(a.aval.shape == b.aval.shape for a, b in zip(eqn.invars, body.invars, strict=True))
+    return whole - carries, carries
