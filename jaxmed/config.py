@@ -28,6 +28,7 @@ from jaxmed.visual_config import EncodeConfig, PixelConfig, PrepareConfig, Visua
 
 __all__ = [
     "LORA_TARGETS",
+    "SHORT_NAMES",
     "AggregatorConfig",
     "AttentionBackend",
     "ConfigError",
@@ -269,6 +270,17 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
 
 def from_json(cls: type, text: str) -> Any:
     return from_dict(cls, json.loads(text))
+
+
+SHORT_NAMES = {
+    "vision.heads": "model.tower.heads",
+    "slice_encoder.heads": "model.tower.heads",
+    "aggregator.heads": "model.aggregator.heads",
+    "text.heads": "contrastive.text.heads",
+    "pad_grey": "visual.pixels.pad_grey",
+    "tokenizer_model_max_length": "data.max_length",
+}
+"""What `--set` and `overrides` call fields otherwise than the config does"""
 
 
 def replace_field(config: Any, name: str, value: Any, above: str = "") -> Any:

@@ -30,6 +30,7 @@ from jaxmed.checkpoint.hf_config import decoder_config, decoder_of, read_config
 from jaxmed.checkpoint.hf_io import open_folder
 from jaxmed.checkpoint.m3d_folders import m3d_experiment
 from jaxmed.config import (
+    SHORT_NAMES,
     DataConfig,
     DecoderConfig,
     Experiment,
@@ -41,15 +42,6 @@ from jaxmed.config import (
 )
 from jaxmed.data.tokenizer import Tokenizer, has_tokenizer
 from jaxmed.errors import UserError
-
-OVERRIDES = {
-    "vision.heads": "model.tower.heads",
-    "slice_encoder.heads": "model.tower.heads",
-    "aggregator.heads": "model.aggregator.heads",
-    "pad_grey": "visual.pixels.pad_grey",
-    "tokenizer_model_max_length": "data.max_length",
-}
-"""Short names of `--set` and `overrides` -> the field that each sets"""
 
 # What transformers takes where the text_config of a Llava is silent (files of version 4 leave defaults out).
 _TEXT_DEFAULTS = {
@@ -80,7 +72,7 @@ def resolve_folder(
     tower's folder. `overrides`: by short or full names; only those are used here without which no experiment can be made
     (head counts), the caller sets them all in the end.
     """
-    given = Given({OVERRIDES.get(name, name): value for name, value in (overrides or {}).items()})
+    given = Given({SHORT_NAMES.get(name, name): value for name, value in (overrides or {}).items()})
     if kind in _MAKERS:
         return _MAKERS[kind](folder, base, tower, given)
     hint = "give it as the tower (--tower)" if kind in ("tower", "m3d_clip") else "go on from it with --model.adapter"

@@ -15,7 +15,7 @@ from typing import Any
 import tyro
 
 import jaxmed._configs
-from jaxmed.config import ConfigError, Experiment
+from jaxmed.config import SHORT_NAMES, ConfigError, Experiment
 from jaxmed.errors import UserError
 
 
@@ -146,11 +146,6 @@ def settings(pairs: tuple[str, ...]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-SET_NAMES = {"vision.heads": "model.tower.heads", "slice_encoder.heads": "model.tower.heads"}
-SET_NAMES |= {"aggregator.heads": "model.aggregator.heads", "text.heads": "contrastive.text.heads"}
-"""What --set calls fields otherwise than the config does"""
-
-
 def long_forms(argv: list[str]) -> list[str]:
     """The flags that all commands share, as names of fields, for commands that take a config."""
     flags: list[str] = []
@@ -163,7 +158,7 @@ def long_forms(argv: list[str]) -> list[str]:
             pair = value if equals else next(rest, "at the end of the line")
             settings((pair,))
             key, _, given = pair.partition("=")
-            flags.append(f"--{SET_NAMES.get(key, key)}={given}")
+            flags.append(f"--{SHORT_NAMES.get(key, key)}={given}")
         else:
             flags.append(argument)
     return flags

@@ -4,13 +4,11 @@ import os
 from dataclasses import dataclass, replace
 
 from jaxmed.cli import common
-from jaxmed.config import EncodeConfig, Experiment, VisualConfig, replace_field
+from jaxmed.config import SHORT_NAMES, EncodeConfig, Experiment, VisualConfig, replace_field
 from jaxmed.data.hounsfield import Override
 from jaxmed.errors import UserError
 
 FIELDS = ("visual", "encode")
-OVERRIDES = {"vision.heads": "model.tower.heads", "slice_encoder.heads": "model.tower.heads"}
-"""Short names of --set"""
 
 
 @dataclass(frozen=True)
@@ -76,12 +74,12 @@ def configured(name: str, base: str, tower: str, overrides: dict[str, str], fiel
 def _of_config(name: str, base: str, tower: str, overrides: dict[str, str]) -> Configured:
     experiment = common.load_experiment(name)
     for key, value in overrides.items():
-        experiment = replace_field(experiment, OVERRIDES.get(key, key), value)
+        experiment = replace_field(experiment, SHORT_NAMES.get(key, key), value)
     folders = {"base": base or experiment.model.base, "tower_folder": tower or experiment.model.tower_folder}
     experiment = replace(experiment, model=replace(experiment.model, **folders))
     if experiment.model.tower.kind == "none":
         return Configured(name, experiment)
-    return Configured(name, _sized(experiment, frozenset(OVERRIDES.get(key, key) for key in overrides)))
+    return Configured(name, _sized(experiment, frozenset(SHORT_NAMES.get(key, key) for key in overrides)))
 
 
 def _sized(experiment: Experiment, given: frozenset[str]) -> Experiment:

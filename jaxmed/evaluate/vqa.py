@@ -131,9 +131,3 @@ def bins(confidence: np.ndarray, right: np.ndarray, count: int = BINS) -> list[B
         for k in range(count)
         if (here := places == k).any()
     ]
-
-
-def calibration_error(found: Sequence[Bin]) -> float:
-    """Expected calibration error: the distance of confidence and accuracy, over bins by their counts."""
-    total = sum(b.count for b in found)
-    return sum(b.count * abs(b.confidence - b.accuracy) for b in found) / total

@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import ml_dtypes
 import numpy as np
 import peft
@@ -68,12 +67,7 @@ def checkpoint_arrays(run: Path) -> dict[str, np.ndarray]:
         return {name: np.asarray(x) for name, x in reader.restore(path).items()}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Programs here run once or twice on small arrays."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.fixture(scope="module")

@@ -33,12 +33,7 @@ PROMPT = "<image>\nDescribe the lungs.<report_generation>"
 AUTO, ONE, ODD = MeshConfig(), MeshConfig(data=1), MeshConfig(data=1, fsdp=3, context=1, tensor=2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Programs here run once or twice on small arrays."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def source(folder: str = ZERO3, base: str = BASE) -> Experiment:

@@ -11,10 +11,9 @@ from jaxmed.api import resolve as resolve_model
 from jaxmed.checkpoint.export import plan_export
 from jaxmed.checkpoint.export_folder import write_export
 from jaxmed.checkpoint.hf_io import open_folder
-from jaxmed.checkpoint.multimodal_folders import OVERRIDES
 from jaxmed.checkpoint.orbax_export import plan_native
 from jaxmed.checkpoint.values import Values
-from jaxmed.config import LORA_TARGETS, MeshConfig, replace_field
+from jaxmed.config import LORA_TARGETS, SHORT_NAMES, MeshConfig, replace_field
 from jaxmed.errors import UserError
 
 
@@ -62,7 +61,7 @@ def test_what_was_said_is_not_assumed():
     assert experiment.lora.alpha == 32.0  # set by the caller, with everything else
     experiment, notices = resolve("samf/samf_lora", **{"slice_encoder.heads": 5, "aggregator.heads": 8, "lora.alpha": 15})
     assert experiment.model.tower.heads == 5 and notices == []
-    for name, field in OVERRIDES.items():
+    for name, field in SHORT_NAMES.items():
         assert replace_field(experiment, field, 4 if "heads" in name else 3) != experiment
 
 

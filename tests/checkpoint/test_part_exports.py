@@ -32,18 +32,10 @@ from jaxmed.errors import UserError
 from jaxmed.train.init import blueprint, flatten, materialise
 from jaxmed.verify import probe
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 CLIP3D = str(GOLDEN / "vit3d" / "m3d_clip")
 TOWER = "model.vision_tower.vision_tower."
 HEADS = {"vit3d": {"vision.heads": 3}, "dino": {"vision.heads": 5}}
-
-
-@pytest.fixture(scope="module")
-def quick():
-    """Programs here run once on small arrays."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> str:

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from jaxmed.evaluate import parts, scores, vqa
@@ -98,8 +97,6 @@ def test_calibration_by_hand():
     error = 2 / 4 * abs(0.625 - 0.5) + 1 / 4 * 0.3 + 1 / 4 * 0.95
     assert content["scores"]["calibration_error"] == pytest.approx(error)
     assert [(b["low"], b["count"]) for b in content["reliability"]] == [(0.6, 2), (0.7, 1), (0.9, 1)]
-    bins = vqa.bins(np.array([0.7, 0.6, 0.65, 0.95]), np.array([1.0, 0, 1, 0]))
-    assert vqa.calibration_error(bins) == pytest.approx(error)
 
 
 def test_wrong_images_cost_accuracy_in_pairs():

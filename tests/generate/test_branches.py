@@ -27,11 +27,7 @@ SMALL = dataclasses.replace(EXPERIMENT, model=dataclasses.replace(EXPERIMENT.mod
 MORE = [((1, 1, 1, 1), False), ((2, 1, 1, 2), True), ((1, 1, 4, 1), True), ((1, 2, 2, 1), False)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def engine_of(shape=(1, 1, 1, 1), split=True, experiment=SMALL):

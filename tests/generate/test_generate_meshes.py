@@ -33,11 +33,7 @@ WIDE = dataclasses.replace(DECODER, width=32, layers=2, heads=8, mlp=48)
 """Eight heads and two kv heads: on four tensor shards the kv heads are replicated"""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def experiment(**decoder):

@@ -24,14 +24,7 @@ OPTIONS = {"A": "Liver", "B": "left kidney", "C": "Spleen"}
 FINDINGS = {"s": {"chest": "Clear.", "abdomen": "Normal.", "pelvis": "Full."}, "x": {"abdomen": "Normal.", "pelvis": "Full."}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_and_on_one_device():
-    jax.config.update("jax_disable_most_optimizations", True)
-    patch, devices = pytest.MonkeyPatch(), jax.devices()[:1]
-    patch.setattr(jax, "local_devices", lambda: devices)
-    yield
-    patch.undo()
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly", "on_one_device")
 
 
 def entry(name: str) -> dict:

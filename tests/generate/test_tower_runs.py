@@ -30,14 +30,7 @@ ADDED = ("<im_patch>", "<bx_start>", "<bx_end>", "[SEG]")
 QUESTION = "What does the scan show?"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_and_on_one_device():
-    jax.config.update("jax_disable_most_optimizations", True)
-    patch, devices = pytest.MonkeyPatch(), jax.devices()[:1]
-    patch.setattr(jax, "local_devices", lambda: devices)
-    yield
-    patch.undo()
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly", "on_one_device")
 
 
 def made_run(folder: Path, experiment, encoder: str) -> str:

@@ -108,14 +108,6 @@ def test_short_rows_cost_nothing():
     assert is_long(jnp.zeros((2, 48), jnp.int32), jnp.ones((2, 48), jnp.int32), RopeConfig(321.0)) is False
 
 
-@pytest.fixture
-def compiled_quickly():
-    """Programs here run once on small arrays."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def run_decoder(config: DecoderConfig, lengths: tuple[int, ...], new: int, cached: bool) -> np.ndarray:
     """Hidden states of rows of `lengths` + `new` tokens, padded on the left: in one go, or the last `new` one by one."""
     rng = np.random.default_rng(4)

@@ -39,14 +39,6 @@ LORA = LoraConfig(rank=3, alpha=7.0, dropout=0.4)
 
 
 @pytest.fixture
-def compiled_quickly():
-    """Programs here run once on small arrays."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
 def one_device():
     with jax.set_mesh(make_mesh(MeshConfig(1), jax.devices()[:1])):
         yield

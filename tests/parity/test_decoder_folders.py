@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -36,12 +35,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Programs here run once on small arrays."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def save_tokenizer(folder) -> None:

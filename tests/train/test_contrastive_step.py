@@ -1,7 +1,5 @@
 """The contrastive objective: the global batch's loss and gradients on every mesh, in one piece and by way of cached vectors."""
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +13,7 @@ from jaxmed.train.optim import make_optimizer
 ONE = (1, 1, 1, 1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly() -> Iterator[None]:
-    """Programs here run once or twice on small arrays."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 def close(found, wanted) -> None:

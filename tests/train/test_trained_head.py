@@ -21,11 +21,7 @@ HEAD = dataclasses.replace(
 HEAD_PATH = ("decoder", "head", "weight")
 
 
-@pytest.fixture(autouse=True)
-def compiled_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 1, 2), pytest.param((1, 2, 2, 2), marks=pytest.mark.slow)], ids=str)
