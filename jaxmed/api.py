@@ -24,7 +24,7 @@ from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.multimodal_folders import resolve_folder
 from jaxmed.checkpoint.open_part import part_of_model
 from jaxmed.checkpoint.sources import weights_identity
-from jaxmed.config import SHORT_NAMES, Experiment, replace_field
+from jaxmed.config import Experiment, replace_field
 from jaxmed.distributed import say
 from jaxmed.encoders import ContrastiveModel, TowerModel, encoder_model
 from jaxmed.errors import UserError
@@ -73,7 +73,7 @@ def resolve(folder: str, base: str, dtype: str, overrides: Mapping[str, Any], to
         say(notice)
     found = replace_field(found, "model.dtype", dtype)
     for name, value in overrides.items():
-        found = replace_field(found, SHORT_NAMES.get(name, name), value)
+        found = replace_field(found, name, value)
     if kind == "run" and found.has_tower and found.visual.encoder:
         prepared = any(name.startswith(tuple(f"visual.prepare.{field}" for field in SIGNED)) for name in overrides)
         found = seen_as_trained(found, folder, prepared)

@@ -284,10 +284,12 @@ SHORT_NAMES = {
 
 
 def replace_field(config: Any, name: str, value: Any, above: str = "") -> Any:
-    """`config` with the dotted field `name`, such as `lora.alpha`, set to `value` (text is read as the field's type).
+    """`config` with the dotted field `name`, such as `lora.alpha` or one of SHORT_NAMES, set to `value` (text is read as the
+    field's type).
 
     `above`: what stands before `name` in messages.
     """
+    name = name if above else SHORT_NAMES.get(name, name)
     first, _, rest = name.partition(".")
     fields = typing.get_type_hints(type(config))
     require(first in fields, f"no config field {above + name!r}; {type(config).__name__} has {', '.join(fields)}")

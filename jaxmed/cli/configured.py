@@ -74,7 +74,7 @@ def configured(name: str, base: str, tower: str, overrides: dict[str, str], fiel
 def _of_config(name: str, base: str, tower: str, overrides: dict[str, str]) -> Configured:
     experiment = common.load_experiment(name)
     for key, value in overrides.items():
-        experiment = replace_field(experiment, SHORT_NAMES.get(key, key), value)
+        experiment = replace_field(experiment, key, value)
     folders = {"base": base or experiment.model.base, "tower_folder": tower or experiment.model.tower_folder}
     experiment = replace(experiment, model=replace(experiment.model, **folders))
     if experiment.model.tower.kind == "none":

@@ -181,5 +181,6 @@ def test_parts_of_every_kind_of_folder(capsys):
 def test_inspect_refuses_in_one_message(tmp_path, capsys):
     assert "no config 'nothing'" in fails(["inspect", "nothing"], capsys)
     assert "is none of" in fails(["inspect", str(tmp_path)], capsys)
+    assert "no multiple of tower.heads 5" in fails(["inspect", "vit3d_amos", "--set", "vision.heads=5"], capsys)
     assert run(["inspect", "btb3d", "--mesh.tensor", "7"]) == 2
     assert "model.decoder.heads is 32, not a multiple of mesh.tensor = 7" in capsys.readouterr().err
