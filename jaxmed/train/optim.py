@@ -28,8 +28,9 @@ def schedule(optim: OptimConfig, peak: float, steps: int) -> Callable[[Any], jax
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
         rising = step / max(1, warmup)
-        progress = jnp.clip((step - warmup) / decay, 0.0, 1.0)
-        shapes = {"cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)), "linear": 1 - progress, "constant": jnp.ones_like(progress)}
+        # 1 - progress and 1 + cos(pi * progress) would cancel near the end; what is left of the steps is exact
+        left = jnp.clip((warmup + decay - step) / decay, 0.0, 1.0)
+        shapes = {"cosine": jnp.sin(jnp.pi / 2 * left) ** 2, "linear": left, "constant": jnp.ones_like(left)}
         floor = optim.final_fraction if optim.schedule != "constant" else 0.0
         falling = floor + (1 - floor) * shapes[optim.schedule]
         return peak * jnp.where(step < warmup, rising, falling)

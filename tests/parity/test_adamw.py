@@ -121,7 +121,7 @@ def test_rates_over_a_whole_run(kind, warmup_ratio, steps):
         adamw.step()
         theirs.step()
     found = jax.vmap(rate)(jnp.arange(steps))
-    np.testing.assert_allclose(found, wanted, atol=2e-5 * 1e-6, rtol=1e-5)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=0)  # to the last step, where little is left
     assert float(found[0]) == (0.0 if warmup_ratio else pytest.approx(2e-5, rel=1e-6))
 
 
