@@ -99,7 +99,7 @@ def _write_csv(path: Path, runs: Sequence[Run]) -> None:
 def _print(runs: Sequence[Run], found: Sequence[Comparison], notices: list[str], out: Path) -> None:
     first = runs[0]
     for one in found:
-        title = f"B {one.run.name} against A {first.name}, {first.scores.units:,} studies"
+        title = rich.markup.escape(f"B {one.run.name} against A {first.name}, {first.scores.units:,} studies")
         table = score_table(title, "score", "A", "B", "B − A", "95% interval", "p", "won/even/lost")
         for name in comparison.shown(first, one):
             difference = one.all[name]

@@ -164,7 +164,7 @@ def _print(scores: scored.Scores, beside: evaluation.Beside, notices: list[str],
         _print_texts(scores)
     _print_parts(parts)
     for line in evaluation.verdicts(scores, parts=parts, choice_control=beside.choice_control):
-        rich.print(f"[bold]{line.head}[/bold]", line.text)
+        rich.print(f"[bold]{line.head}[/bold]", rich.markup.escape(line.text))
     for notice in notices:
         rich.print("[dim]Notice:[/dim]", rich.markup.escape(notice))
     rich.print(f"Wrote {rich.markup.escape(str(out))}/scores.json, scores.csv and report.html")
@@ -205,7 +205,7 @@ def _print_parts(parts: parting.Parts) -> None:
         columns = (column.replace(" ", "\n") for column in group["columns"])
         table = score_table(group["title"], group["first"].lower(), "n", *columns)
         for name, size, cells in group["rows"]:
-            table.add_row(name, f"{size:,}", *(f"{cell['value']:.3f}" if cell else "" for cell in cells))
+            table.add_row(rich.markup.escape(name), f"{size:,}", *(f"{cell['value']:.3f}" if cell else "" for cell in cells))
         rich.print(table)
     for one in parts.judged:
         if one.measure in parts.figures:

@@ -49,9 +49,9 @@ class Difference:
 
     def json(self) -> dict[str, Any]:
         low, high = self.interval
+        sure = {"interval": [low, high], "p": self.p} if np.isfinite(low) else {}
         counts = {"wins": self.wins, "losses": self.losses, "ties": self.ties}
-        counts = counts if sum(counts.values()) else {}
-        return {"difference": self.value, "interval": [low, high], "p": self.p} | counts
+        return {"difference": self.value} | sure | (counts if sum(counts.values()) else {})
 
 
 Differences = dict[str, Difference]
@@ -77,7 +77,7 @@ def shared(runs: Sequence[tuple[str, list[Study]]]) -> tuple[list[list[Study]], 
     keys = [key for key in tables[0] if all(key in table for table in tables)]
     if not keys:
         raise UserError(f"{runs[0][0]} and the other files share no study; give answers to the same records")
-    missing = max(len(table) for table in tables) - len(keys)
+    missing = len({key for table in tables for key in table}) - len(keys)
     notices = [f"{missing} studies are not in all files; the comparison leaves them out"] if missing else []
     for key in keys:
         counts = {len(table[key].answers) for table in tables}

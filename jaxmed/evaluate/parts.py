@@ -37,7 +37,7 @@ Figures = dict[str, Figure]
 
 @dataclass(frozen=True)
 class Grouped:
-    """Figures of the groups, and their means, in which every group counts the same."""
+    """Figures of the groups, and their means, in which every group counts the same (in a resample: every group that it has)."""
 
     groups: dict[str, Figures]
     mean: Figures
@@ -134,12 +134,18 @@ def _grouped(measured: Measured, names: Sequence[str], units: np.ndarray, resamp
     mean = {
         name: Figure(
             float(np.mean([group[name].value for group in groups.values()])),
-            np.mean([group[name].samples for group in groups.values()], axis=0),
+            _mean_of_those_there(np.stack([group[name].samples for group in groups.values()])),
             sum(group[name].studies for group in groups.values()),
         )
         for name in shared
     }
     return Grouped(groups, mean, {name: int(found.sum()) for name, found in rows.items()})
+
+
+def _mean_of_those_there(samples: np.ndarray) -> np.ndarray:
+    """[groups, R] -> [R]. A resample lacks a group of few studies now and then; of many such groups it always lacks some."""
+    there = np.isfinite(samples)
+    return np.where(there.any(0), np.where(there, samples, 0).sum(0) / np.maximum(there.sum(0), 1), np.nan)
 
 
 def parts(

@@ -147,8 +147,9 @@ def resampled(stats: Statistics, resamples: int, seed: int, units: np.ndarray | 
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
-    """The central 95% of those that are there."""
-    low, high = np.percentile(samples[np.isfinite(samples)], [2.5, 97.5])
+    """The central 95% of those that are there; NaN where none is (a lone study that no resample drew)."""
+    there = samples[np.isfinite(samples)]
+    low, high = np.percentile(there, [2.5, 97.5]) if len(there) else (np.nan, np.nan)
     return float(low), float(high)
 
 

@@ -55,7 +55,8 @@ def p_value(p: float) -> str:
 
 def _end(found: Sequence[Comparison]) -> float:
     """Where the axis of differences ends on both sides."""
-    reach = max(abs(side) for one in found for difference in one.all.values() for side in difference.interval)
+    sides = [abs(side) for one in found for difference in one.all.values() for side in difference.interval]
+    reach = max((side for side in sides if np.isfinite(side)), default=0.0)
     return max(float(np.ceil(reach * 20 - 1e-9) / 20), 0.05)
 
 

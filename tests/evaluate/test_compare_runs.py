@@ -99,10 +99,31 @@ def test_regions_of_a_comparison():
     assert one.regions["pelvis"]["rouge_l"].wins + one.regions["pelvis"]["rouge_l"].losses <= 15
 
 
+def test_a_resample_has_the_mean_of_the_groups_that_it_has():
+    """Of thirty types with one question each a resample never has all."""
+    made = [
+        Study(f"q{i}", f"v{i}.npy", ("?",), ("AB"[i % 3 > 0],), ("A",), "", f"type {i}", {"A": "x", "B": "y"}, "A")
+        for i in range(30)
+    ]
+    first, other = run("a", made), run("b", [dataclasses.replace(study, answers=("A",)) for study in made])
+    right = np.array([study.answers == ("A",) for study in made])
+    totals = np.concatenate(list(scores.weights(scores.units(made), 200, 0))) > 0
+    by_hand = (totals & right).sum(1) / totals.sum(1)
+    mean = parts.to_json(first.parts)["question_types"]["mean"]
+    assert mean["intervals"]["accuracy"] == pytest.approx(list(np.percentile(by_hand, [2.5, 97.5])))
+    gain = compare.compare(first, other).types["mean"]["accuracy"]
+    assert gain.value == pytest.approx(20 / 30) and gain.interval == pytest.approx(
+        tuple(np.percentile(1 - by_hand, [2.5, 97.5]))
+    )
+    lone = compare.compare(run("a", made, resamples=1), run("b", made, resamples=1))
+    absent = [one for one in lone.types.values() if "interval" not in one["accuracy"].json()]
+    assert absent  # a group that the one resample lacks: nothing is known of its difference, and that is said
+
+
 def test_studies_of_all_runs_in_the_first_ones_order():
     a, b = made_up(6, 1, 0.4), made_up(6, 2, 0.4)
     shared, notices = compare.shared([("a", a[2:]), ("b", b[::-1][3:])])
-    assert [s.id for s in shared[0]] == [s.id for s in shared[1]] == [s.id for s in a[2:-3]] and "3 studies" in notices[0]
+    assert [s.id for s in shared[0]] == [s.id for s in shared[1]] == [s.id for s in a[2:-3]] and "5 studies" in notices[0]
     with pytest.raises(UserError, match="share no study"):
         compare.shared([("a", a[:2]), ("b", b[3:])])
     with pytest.raises(UserError, match="twice"):
