@@ -51,24 +51,24 @@ def oblique(degrees=11.0):
     return about_x @ about_z
 
 
-def save_dicom(folder, hu, turn=None, series=None, seed=1, change=None, encode=None, **tags):
+def save_dicom(folder, hu, turn=None, series=None, seed=1, change=None, encode=None, sides=SIDES, **tags):
     """[left, back, head] -> a folder of slices with shuffled names; slices overlap by SliceThickness.
 
     `change(dataset, k)` alters slice k before it is written, `encode(hu, k)` gives (stored numbers, slope, intercept).
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng, turn = np.random.default_rng(seed), np.eye(3) if turn is None else turn
-    names = rng.permutation(len(hu[0, 0]) * 7)[: hu.shape[2]]
+    names = rng.permutation(hu.shape[2] * 7)[: hu.shape[2]]
     series = series or generate_uid()
     for k in range(hu.shape[2]):
         stored, slope, intercept = encode(hu[:, :, k], k) if encode else (hu[:, :, k].astype(np.int32) + 1024, 1.0, -1024.0)
         data = _dataset(str(folder / f"{names[k]:03d}.dcm"), series, k)
         data.Rows, data.Columns = hu.shape[1], hu.shape[0]
-        origin = turn @ (np.array([0, 0, k]) * SIDES) + np.array([31.5, -17.25, 240.0])
+        origin = turn @ (np.array([0, 0, k]) * sides) + np.array([31.5, -17.25, 240.0])
         data.ImagePositionPatient = [f"{v:.10g}" for v in origin]
         data.ImageOrientationPatient = [f"{v:.10g}" for v in (*turn[:, 0], *turn[:, 1])]
-        data.PixelSpacing = [SIDES[1], SIDES[0]]
-        data.SliceThickness, data.RescaleSlope, data.RescaleIntercept = 2 * SIDES[2], slope, intercept
+        data.PixelSpacing = [sides[1], sides[0]]
+        data.SliceThickness, data.RescaleSlope, data.RescaleIntercept = 2 * sides[2], slope, intercept
         data.PixelData = np.ascontiguousarray(stored.T).astype(np.uint16).tobytes()
         for name, value in tags.items():
             setattr(data, name, value)

@@ -1,36 +1,78 @@
-"""One volume as NIfTI in two orientations and as a DICOM series: the same picture, the same tokens, by their names."""
+"""One volume as NIfTI in two orientations and as a DICOM series: the same array through view, encode and generate."""
 
+import json
+import shutil
 from pathlib import Path
 
-import jax
+import nibabel
 import numpy as np
-from scans import lps_affine, phantom, save_dicom, save_nifti, turned
+import pytest
+from PIL import Image
+from scans import save_dicom, save_nifti, turned
 
-from jaxmed.data.embeddings import load_tokens
-from jaxmed.data.inputs import input_path
-from jaxmed.generate.encode_tower import encode_folder
-from jaxmed.generate.tower import Tower, of_encoder
-from jaxmed.report import view_input, view_sheet
+from jaxmed.cli.main import run
+from jaxmed.data.embeddings import npz_name
 
-CLIP = str(Path(__file__).parents[1] / "golden" / "vit3d" / "m3d_clip")
+CT = Path(__file__).with_name("example_ct.nii.gz")
+LAMED = str(Path(__file__).parents[1] / "golden" / "vit3d" / "lamed_merged")
+SAME = ("study/ct.nii.gz", "study/series", "turned.nii")
+OTHER = "other.nii.gz"
+WINDOW = [f"--set={setting}" for setting in ("visual.prepare.preset=hu_window", "visual.prepare.window=-160,240")]
+PICTURES = 1000
+"""Rows of a sheet without its head"""
+MODEL = ["--set", "vision.heads=3", *WINDOW]
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly", "on_one_device")
 
 
-def test_view_and_encode_give_the_same(tmp_path):
-    hu = phantom()
-    volumes = tmp_path / "v"
-    save_dicom(volumes / "study" / "series", hu)
-    save_nifti(volumes / "study" / "one.nii.gz", hu, lps_affine())
-    save_nifti(volumes / "two.nii", *turned(hu, lps_affine(), "RIA"))
-    tower = Tower(of_encoder(CLIP, {"vision.heads": 5, "text.heads": 3}), "float32", devices=jax.devices()[:1])
-    summary = encode_folder(str(volumes), str(tmp_path / "t"), tower)
-    assert summary.written == 3
-    assert set(summary.readings) == {"nifti, m3d, the header's scaling", "dicom, m3d, the header's scaling"}
-    names = ("study/series", "study/one.nii.gz", "two.nii")
-    visual = tower.visual
-    read = type(visual)(kind="embeddings", tokens=visual.tokens, features=visual.features, grid=visual.grid)
-    tokens = [load_tokens(input_path(str(tmp_path / "t"), name, read), read)[0] for name in names]
-    sheets = [view_sheet.draw(view_input.of_tower(str(volumes / name), visual)[0], None, 2)[-200:] for name in names]
-    for other in (1, 2):
-        np.testing.assert_allclose(tokens[other], tokens[0], atol=2e-5)
-        np.testing.assert_allclose(sheets[other].astype(int), sheets[0].astype(int), atol=1)
-    assert tokens[0].std() > 0.1 and sheets[0].std() > 20
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    """The real CT as it is, turned about, and as overlapping slices with names in no order; another volume beside them."""
+    folder = tmp_path_factory.mktemp("volumes")
+    (folder / "study").mkdir()
+    shutil.copy(CT, folder / SAME[0])
+    image = nibabel.load(CT)
+    hu, affine = image.dataobj.get_unscaled(), image.affine
+    bits = {"BitsStored": 16, "HighBit": 15}
+    save_dicom(folder / SAME[1], hu[::-1, ::-1], encode=lambda hu, k: (hu + 2048, 1.0, -2048.0), sides=(3.0, 3.0, 3.0), **bits)
+    save_nifti(folder / SAME[2], *turned(hu, affine, "IPR"))
+    save_nifti(folder / OTHER, hu[::-1], affine)
+    return folder
+
+
+def test_view(volumes, tmp_path, recwarn):
+    paths = [str(volumes / name) for name in (*SAME, OTHER)]
+    assert run(["view", *paths, "--config", LAMED, *MODEL, "--out", str(tmp_path)]) == 0
+    pictures = [
+        np.asarray(Image.open(tmp_path / name))[-PICTURES:] for name in ("ct.png", "series.png", "turned.png", "other.png")
+    ]
+    for picture in pictures[1:3]:
+        np.testing.assert_array_equal(picture, pictures[0])
+    assert pictures[0].std() > 40 and (pictures[3] != pictures[0]).mean() > 0.1
+    assert [str(w.message) for w in recwarn if "overlap" in str(w.message)] == [
+        f"{paths[1]}: slices of 6 mm every 3 mm overlap; their positions count"
+    ]
+
+
+def test_encode(volumes, tmp_path):
+    assert run(["encode", LAMED, "--volumes", str(volumes), "--out", str(tmp_path), *MODEL]) == 0
+    tokens = [np.load(tmp_path / npz_name(name))["arr"] for name in (*SAME, OTHER)]
+    for same in tokens[1:3]:
+        np.testing.assert_allclose(same, tokens[0], atol=1e-6)
+    assert np.abs(tokens[3] - tokens[0]).max() > 0.1
+
+
+def test_generate(volumes, tmp_path):
+    """By the likelihoods of options, which differ where the volumes do."""
+    options = {"A": "liver", "B": "left kidney", "C": "spleen"}
+    qa = [{"question": "Which organ is on the left?", "type": "organ", "options": options, "answer": "C"}]
+    entries = [{"image": name, "labels": {"qa": qa}} for name in (*SAME, OTHER)]
+    (tmp_path / "r.json").write_text(json.dumps({"validation": entries}))
+    out = tmp_path / "x_vqa.json"
+    files = ["--records", f"{tmp_path / 'r.json'}:validation:vqa", "--volumes", str(volumes), "--out", str(out)]
+    assert run(["generate", LAMED, *files, *MODEL, "--dtype", "float32", "--answers", "likelihood"]) == 0
+    studies = {study["image"]: study["conversations_out"][0]["probabilities"] for study in json.loads(out.read_text())}
+    shares = [list(studies[name].values()) for name in (*SAME, OTHER)]
+    for same in shares[1:3]:
+        np.testing.assert_allclose(same, shares[0], atol=1e-6)
+    assert np.abs(np.subtract(shares[3], shares[0])).max() > 1e-3
