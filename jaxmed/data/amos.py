@@ -71,7 +71,12 @@ def findings_of(findings: Any) -> dict[str, str]:
             f"its report's findings are {type(findings).__name__}; they must be texts by region: {', '.join(REGIONS)}"
         )
     check_keys(findings, "its findings have")
-    texts = {str(region).strip().lower(): "" if text is None else text for region, text in findings.items()}
+    texts: dict[str, Any] = {}
+    for name, text in findings.items():
+        region = str(name).strip().lower()
+        if texts.get(region):
+            raise UserError(f"its findings have the {region} twice; leave one of them out")
+        texts[region] = "" if text is None else text
     for region, text in texts.items():
         if not isinstance(text, str):
             raise UserError(f"its findings of the {region} are {text!r}; they must be a text")
@@ -110,7 +115,7 @@ def _question(item: Any, number: int, image: str, reading: Reading) -> Draft:
     named = reading.questions == "closed" and options
     text = f" {question.strip()}{listed_choices(options) if named else ''}"
     extra = {name: item[name] for name in ("reasoning", "prediction") if item.get(name) is not None}
-    fields = {"options": options, "answer": letter, "question_type": "" if kind is None else str(kind)}
+    fields = {"options": options, "answer": letter, "question_type": str(kind) if _is_text(kind) else ""}
     return Draft(f"{case_name(image)}/qa{number}", image, text, answer, values=extra, fields=fields)
 
 
@@ -132,7 +137,7 @@ def options_of(value: Any) -> dict[str, str]:
     pairs = list(value.items()) if isinstance(value, Mapping) else None
     if isinstance(value, list):
         pairs = [(chr(ord("A") + number), text) for number, text in enumerate(value)]
-    if not pairs or not all(isinstance(text, str | int | float) and str(text).strip() for _, text in pairs):
+    if not pairs or not all(_is_text(text) for _, text in pairs):
         raise UserError(f"its options are {value!r}; they must be texts by letter")
     options: dict[str, str] = {}
     seen: dict[str, str] = {}
@@ -147,6 +152,11 @@ def options_of(value: Any) -> dict[str, str]:
     if len(options) < 2:
         raise UserError(f"it has the one option {options}; it needs at least two")
     return options
+
+
+def _is_text(value: Any) -> bool:
+    """Whether something is written there: NaN is what pandas puts where nothing is."""
+    return isinstance(value, str | int | float) and value == value and bool(str(value).strip())
 
 
 def letter_of(answer: Any, options: Mapping[str, str]) -> str:

@@ -48,7 +48,7 @@ def _split(path: str, values: dict[str, Any], split: str) -> Any:
         return values
     if split in names:
         return values[split]
-    filled = [name for name in names if values[name]]
+    filled = [name for name in names if values[name]] or names
     if len(filled) == 1 and not split:
         return values[filled[0]]
     asked = f"not {split!r}" if split else "and none is named"

@@ -7,6 +7,7 @@ the file has them; templates, image places and label masks are jaxmed.data.conve
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +101,7 @@ def _turn(turn: Any, number: int) -> Turn:
     _require(isinstance(turn, dict), f'turn {number} is {type(turn).__name__}; it must be {{"from": ..., "value": ...}}')
     role, value = turn.get("from"), turn.get("value")
     _require(role in ROLES, f"turn {number} is from {role!r}; known roles are 'human' and 'gpt'")
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)  # an answer that is a number, written as one
     _require(isinstance(value, str), f"turn {number} has the value {value!r}; it must be a string")
     try:

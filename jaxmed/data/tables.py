@@ -6,6 +6,7 @@ one (it stands between placeholders and question), prompts for a caption do not.
 """
 
 import csv
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from jaxmed.data.drafts import Draft
 from jaxmed.data.record_files import Reading
 from jaxmed.errors import UserError
 
-RAGGED = ""
+RAGGED = "\0ragged"
 """Key of the values of a CSV row that are more or fewer than the table's columns"""
 CAPTION_KINDS = ("reports", "captions")
 UPSTREAM_CHOICES = "na_choices"
@@ -65,6 +66,8 @@ def draft_of(row: Mapping[str, Any], source: str = "", reading: Reading = AS_PUB
         raise UserError(f"its columns are {', '.join(row)}; {_known()} (or `conversations`)")
     table = _TABLES[kind]
     cells = {name.strip().lower(): value for name, value in row.items()}
+    if cells[table.image] is None:  # a text alone would be trained on without its volume
+        raise UserError(f"its {table.image} is null; name its file, or take the row out")
     question, answer = _text(cells, "question", kind not in CAPTION_KINDS), _text(cells, table.answer, True)
     prompts: tuple[str, ...] = ()
     fields: dict[str, Any] = {"question_type": _text(cells, "question type", False)}
@@ -95,7 +98,7 @@ def _choices(cells: Mapping[str, Any], needed: bool) -> dict[str, Any]:
     answer = _text(cells, "answer choice", False).strip().upper()
     texts = {letter: _text(cells, f"choice {letter.lower()}", False) for letter in "ABCD"}
     options = {k: v for k, v in texts.items() if v.strip() not in ("", "NA") or k == answer}
-    fault = f"its answer choice is {answer!r}; it must be one of {', '.join(texts)}" if answer and answer not in texts else ""
+    fault = _not_a_choice(answer) if answer and answer not in texts else ""
     seen: dict[str, str] = {}
     for letter, text in options.items():
         other = seen.setdefault(" ".join(text.casefold().split()), letter)
@@ -108,9 +111,18 @@ def _choices(cells: Mapping[str, Any], needed: bool) -> dict[str, Any]:
     return {"options": options, "answer": answer}
 
 
+def _not_a_choice(letter: str) -> str:
+    has = f"is {letter!r}" if letter.strip() else "is empty"
+    return (
+        f"its answer choice {has}; it must be one of A, B, C, D (questions without choices are read with :open behind the "
+        "file's name)"
+    )
+
+
 def _text(cells: Mapping[str, Any], column: str, is_needed: bool) -> str:
     value = cells.get(column)
-    value = str(value) if isinstance(value, int | float) else "" if value is None else value
+    missing = value is None or (isinstance(value, float) and math.isnan(value))  # pandas writes NaN where a text is missing
+    value = "" if missing else str(value) if isinstance(value, int | float) else value
     if not isinstance(value, str):
         raise UserError(f"its {column} is {value!r}; it must be a text")
     if is_needed and not value.strip():
@@ -128,9 +140,9 @@ def _closed(
 
     choices = [shown(_text(cells, f"choice {letter}", False)) for letter in "abcd"]
     listed = "".join(f" {label}. {choice}" for label, choice in zip(table.labels, choices, strict=True))
-    letter = _text(cells, "answer choice", True)
+    letter = _text(cells, "answer choice", False)
     if letter.strip().lower() not in tuple("abcd"):
-        raise UserError(f"its answer choice is {letter!r}; it must be one of {', '.join(table.labels)}")
+        raise UserError(_not_a_choice(letter))
     return f"{question} Choices:{listed}", f"{letter}. {shown(answer)}{table.end}"
 
 
@@ -164,7 +176,8 @@ def parse_report(text: str) -> str:
 
 
 def read_csv(path: str) -> list[dict[str, str]]:
-    """Rows of a CSV file by their columns' names. Nothing is taken for missing: `NA` and `None` are texts."""
+    """Rows of a CSV file by their columns' names. Nothing is taken for missing: `NA` and `None` are texts. Empty rows are left
+    out, and columns without a name, such as the numbers that pandas writes in front."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.reader(file))
@@ -174,10 +187,18 @@ def read_csv(path: str) -> list[dict[str, str]]:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the table as UTF-8") from error
     except csv.Error as error:
         raise UserError(f"{path}: is no CSV table ({error}); save it again") from error
-    header, *rows = [row for row in rows if row] or [[]]
+    header, *rows = [row for row in rows if any(map(str.strip, row))] or [[]]
     if not rows:
         raise UserError(f"{path}: holds no rows; give a table with a line of names and at least one row")
     if not kind_of(dict.fromkeys(header)) and not is_ct_rate(dict.fromkeys(header)):
         raise UserError(f"{path}: its columns are {', '.join(header)}; {_known()}")
-    # A row that does not fit keeps its values under no name, for the message about it.
-    return [dict(zip(header, row, strict=True)) if len(row) == len(header) else {RAGGED: row} for row in rows]
+    names = [name.strip().lower() for name in header]
+    twice = next((name for name, low in zip(header, names, strict=True) if low and names.count(low) > 1), "")
+    if twice:
+        raise UserError(f"{path}: has the column {twice!r} twice; leave one of them out")
+
+    def named(row: list[str]) -> dict[str, str]:
+        return {name: value for name, value in zip(header, row, strict=True) if name.strip()}
+
+    # A row that does not fit keeps its values, for the message about it.
+    return [named(row) if len(row) == len(header) else {RAGGED: row} for row in rows]

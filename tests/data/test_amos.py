@@ -108,6 +108,7 @@ BAD = [
     (entry(1, "text"), "findings are str"),
     (entry(1, {"head": "x", "chest": "y"}), "the region 'head'"),
     (entry(1, {"chest": 7}), "findings of the chest are 7"),
+    (entry(1, {"Chest": "x", "chest": "y"}), "findings have the chest twice"),
     (entry(1, {"chest": "x"}, image=""), "image is ''"),
 ]
 BAD_QUESTIONS = [
@@ -116,6 +117,7 @@ BAD_QUESTIONS = [
     (qa(options={"A": "Yes", "a.": "No"}), "options repeat: A and A"),
     (qa(options={"A": "Yes"}), "the one option"),
     (qa(options={"A": "Yes", "B": ""}), "texts by letter"),
+    (qa(options={"A": "Yes", "B": float("nan")}), "texts by letter"),
     (qa(options={"A": "Yes", "No": "No"}), "the name 'NO'"),
     (qa(question=" "), "question is ' '"),
     ("Is it?", "it is str"),

@@ -56,6 +56,7 @@ BAD = [
     ({"conversations": talk("Hi", "Q", first="gpt") + talk("Q2")}, "turn 3 is from 'human'", "'gpt' expected"),
     ({"conversations": talk("Q", ["3"])}, "turn 2 has the value ['3']", "a string"),
     ({"conversations": talk("Q", True)}, "turn 2 has the value True", "a string"),
+    ({"conversations": talk("Q", float("nan"))}, "turn 2 has the value nan", "a string"),
     ({"conversations": ["Q"]}, "turn 1 is str", "from"),
     ({"conversations": talk("Q", "A \ud83d")}, "surrogate", "character 2"),
     ({"image": 7, "conversations": talk("<image>", "A")}, "`image` is 7", "file name"),

@@ -51,6 +51,30 @@ def test_rows_of_each_table(tmp_path):
     ]
 
 
+def test_numbers_that_pandas_writes_in_front_and_empty_rows_do_not_count(tmp_path):
+    rows = [f",{M3D},", "0,a.npy,t,3,Q,1,2,3,4,2,B,", "", "  ", ",,,,,,,,,,,", "1,b.npy,t,3,R,1,2,3,4,4,D,"]
+    records, problems = load_records(write(tmp_path, "\r\n".join(rows)), PLAIN)
+    assert problems == []
+    assert [(record.row, record.answer, record.turns[1].value) for record in records] == [(0, "B", "B. 2"), (1, "D", "D. 4")]
+    assert "" not in records[0].extra
+    reports = write(tmp_path, ",VolumeName,Findings_EN\n7,valid_1_a_1.nii.gz,Clear.\n", "ct.csv")
+    assert [record.patient for record in load_records(reports, PLAIN)[0]] == ["valid_1"]
+
+
+def test_entries_of_a_list_without_an_image_or_a_text(tmp_path):
+    entries = [
+        {"image": None, "text": "Clear lungs."},
+        {"image": "a.npy", "text": float("nan")},
+        {"image": "b.npy", "text": "B"},
+    ]
+    path = write(tmp_path, json.dumps({"train": entries}), "cap.json")
+    records, problems = load_records(path, PLAIN)
+    assert [record.images for record in records] == [("b.npy",)]
+    assert [problem.what.split(";")[0] for problem in problems] == ["its image is null", "its text is empty"]
+    with pytest.raises(UserError, match="holds no records"):
+        load_records(write(tmp_path, '{"train": []}', "none.json"), PLAIN)
+
+
 def test_a_caption_has_its_own_question_or_those_of_a_list_of_which_the_first_is_asked():
     rows = [{"image": "a", "caption": "A."}, {"image": "b", "caption": "B.", "question": "What is it?"}] * 2
     prompts = ("One.", "Two.", "Three.")
@@ -83,6 +107,8 @@ BAD = [
     (f"{M3D}\n,t,3,Q,1,2,3,4,2,B\n", "`image` is ''", "file name"),
     (f"{M3D}\na.npy,t,3,Q,1,2,3,4,2\n", "9 values, more or fewer", "quote texts"),
     (f"{M3D}\na.npy,t,3,Q,1,Left  lung,3,left lung,1,a\n", "choices repeat: B and D are both 'left lung'", "mend the choices"),
+    (f"{M3D}\na.npy,t,4,Is it?,NA,NA,NA,NA,Yes,NA\n", "answer choice is 'NA'", ":open behind the file's name"),
+    (f"{M3D}\na.npy,t,4,Is it?,x,y,z,w,x,\n", "answer choice is empty", ":open behind the file's name"),
     ("image,caption\na.npy, \n", "caption is empty", "write one"),
     ("image,text\na.npy,none.txt\n", "'none.txt' is not there", "looked in"),
 ]
@@ -105,6 +131,7 @@ FILES = [
     ("a,b\n1,2\n", "its columns are a, b", "known tables have"),
     (b"image,caption\na,\xff\n", "not UTF-8 at byte 16", "as UTF-8"),
     (f"{M3D}\n", "holds no rows", "at least one row"),
+    (f"{M3D}, question\na,t,3,Q,1,2,3,4,2,B,Q2\n", "the column 'Question' twice", "leave one of them out"),
 ]
 
 
