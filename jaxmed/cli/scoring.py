@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jaxmed.cli import common
 from jaxmed.errors import Problem, UserError
 from jaxmed.evaluate import green, judges, judging, text, vqa
+from jaxmed.evaluate.endpoint import EndpointJudge
 from jaxmed.evaluate.judging import Judged, Settings
 from jaxmed.evaluate.studies import Study
 
@@ -40,6 +41,8 @@ class ScoringArgs:
     """Environment variable that holds the server's key, where it wants one"""
     judge_timeout: float = 120.0
     """Seconds to wait for an answer"""
+    judge_tokens: int = 0
+    """Tokens of a server's reply at most (0: as the server has it)"""
     judge_parallel: int = 4
     """Questions to a server at a time"""
     judge_batch: int = 8
@@ -103,8 +106,10 @@ class Judging:
         if len(ways) > 1:
             given = " and ".join(f"--{way.replace('_', '-')}" for way in ways)
             raise UserError(f"{given}: a judge is asked in one way; give one of them")
-        if args.judge_timeout <= 0 or args.judge_parallel < 1 or args.judge_batch < 1:
-            raise UserError("--judge-timeout must be above 0, --judge-parallel and --judge-batch at least 1")
+        if args.judge_timeout <= 0 or min(args.judge_parallel, args.judge_batch) < 1 or args.judge_tokens < 0:
+            raise UserError(
+                "--judge-timeout must be above 0, --judge-parallel and --judge-batch at least 1, --judge-tokens not negative"
+            )
         self.judge = _judge(args) if args.judge or args.judge_answers else None
         if "green" in measures and ways and not args.green_prompt:
             notices.append(
@@ -125,8 +130,9 @@ class Judging:
             self.notices.append("The judge was asked nothing: no study is a report with a reference.")
             return [], []
         self._tell_remote(len(asked))
+        self._asked += asked
         self.out.mkdir(parents=True, exist_ok=True)
-        kept = judging.Kept(str(self.out / KEPT), self.judge.name)
+        kept = judging.Kept(str(self.out / KEPT), self.judge.name, anew=isinstance(self.judge, judges.FileJudge))
         with _progress() as progress:
             task = progress.add_task("judge", total=None)
 
@@ -137,7 +143,9 @@ class Judging:
         return judging.results(studies, asked, replies, self.judge.name, self.settings), problems
 
     def finish(self) -> None:
-        """Writes the questions of all files, where they are asked for."""
+        """Writes the questions of all files, where they are asked for; says what is odd about a file of answers."""
+        if isinstance(self.judge, judges.FileJudge):
+            self.notices += self.judge.notices(question.prompt for question in self._asked)
         if self.args.judge_requests:
             count = judging.write_requests(self.args.judge_requests, self._asked)
             self.notices.append(
@@ -145,7 +153,7 @@ class Judging:
             )
 
     def _tell_remote(self, count: int) -> None:
-        if isinstance(self.judge, judges.EndpointJudge) and self.judge.is_remote:
+        if isinstance(self.judge, EndpointJudge) and self.judge.is_remote:
             host = self.judge.host
             common.notice(f"Notice: up to {count:,} pairs of reports leave this machine: they are sent to {host} (--judge)")
 
@@ -161,7 +169,7 @@ def _judge(args: ScoringArgs) -> judges.Judge:
         if not args.judge_model:
             raise UserError("--judge is an address: give the server's name of the model with --judge-model")
         key = os.environ.get(args.judge_key_variable, "")
-        return judges.EndpointJudge(args.judge, args.judge_model, key, args.judge_timeout, args.judge_parallel)
+        return EndpointJudge(args.judge, args.judge_model, key, args.judge_timeout, args.judge_parallel, args.judge_tokens)
     # imported late, as above
     from jaxmed.api import Model, load
     from jaxmed.generate.request import weights_fingerprint

@@ -1,16 +1,9 @@
-"""Judges: something that completes prompts. A language model in memory, an endpoint that a person names, or a file of answers.
-
-Medical texts leave this machine only through `EndpointJudge`, and only where the person gave a URL on another one.
-"""
+"""Judges: something that completes prompts. A language model in memory, or a file of answers; a server that a person names is
+jaxmed.evaluate.endpoint's, and the only way on which medical texts leave this machine."""
 
 import hashlib
-import http.client
 import json
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +12,8 @@ import numpy as np
 from jaxmed.errors import UserError
 from jaxmed.evaluate import green
 
-ATTEMPTS = 3
-_PAUSE = 2.0
-"""Seconds before the second attempt; twice as many before the next"""
-_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_ROOM_STEP = 256
+"""Tokens of a reply are bounded in such steps: each bound is a compiled program"""
 
 
 class JudgeError(Exception):
@@ -36,6 +27,8 @@ class Judge(Protocol):
     """Prompts of one call"""
     parallel: int
     """Calls at a time"""
+    may_be_absent: bool
+    """Whether many calls without an answer in succession mean that it answers none any more"""
 
     def complete(self, prompts: Sequence[str]) -> list[str]:
         """One text a prompt; JudgeError where it cannot."""
@@ -49,7 +42,7 @@ def prompt_key(prompt: str) -> str:
 class LocalJudge:
     """A language model of our own `load`, greedy, in the published judge's format of a chat or in the model's own."""
 
-    parallel = 1
+    parallel, may_be_absent = 1, False
 
     def __init__(self, model: Any, name: str, batch: int = 8, length: int = green.LENGTH, own_chat: bool = False):
         """`model`: a jaxmed.api.Model of text alone. `length`: tokens of prompt and reply together."""
@@ -74,7 +67,8 @@ class LocalJudge:
         room = [self._length - len(row) for row in ids]
         if max(room) < 1:
             raise JudgeError(f"the prompt fills the judge's {self._length} tokens; a shorter cut of the reports leaves room")
-        answers = self._model.generate([None] * len(ids), ids, max_new_tokens=max(room), batch=self.batch)
+        most = -(-max(room) // _ROOM_STEP) * _ROOM_STEP
+        answers = self._model.generate([None] * len(ids), ids, max_new_tokens=most, batch=self.batch)
         kept = [np.asarray(answer.token_ids[: max(left, 0)]) for answer, left in zip(answers, room, strict=True)]
         return [self._model.generation(row).text for row in kept]
 
@@ -82,28 +76,54 @@ class LocalJudge:
 class FileJudge:
     """Answers that somebody wrote for the prompts of `write_requests`: lines with `key` and `answer`."""
 
-    batch = parallel = 1
+    batch, parallel, may_be_absent = 1, 1, False
 
     def __init__(self, path: str):
-        self.name, self._answers = f"answers of {Path(path).name}", {}
+        self.name, self._path, self._answers = f"answers of {Path(path).name}", path, dict[str, str]()
+        self._differ = set[str]()
+        """Keys with answers that say different things"""
         for row in read_lines(path):
-            if not isinstance(row.get("key"), str) or not isinstance(row.get("answer"), str):
-                raise UserError(f'{path}: a line lacks the texts "key" and "answer"; keep the keys of --judge-requests')
-            self._answers[row["key"]] = row["answer"]
+            key, answer = row.get("key"), row.get("answer")
+            if not isinstance(key, str) or not isinstance(answer, str):
+                where = f"the line with the key {key!r}" if isinstance(key, str) else "a line"
+                raise UserError(f'{path}: {where} lacks the texts "key" and "answer"; keep the keys of --judge-requests')
+            if self._answers.setdefault(key, answer) != answer:
+                self._differ.add(key)
+            self._answers[key] = answer
             self.name = str(row.get("judge") or self.name)
 
     def complete(self, prompts: Sequence[str]) -> list[str]:
         keys = [prompt_key(prompt) for prompt in prompts]
         missing = [key for key in keys if key not in self._answers]
         if missing:
-            raise JudgeError(f"the file of answers has none for the key {missing[0]}")
+            raise JudgeError(
+                f"the file of answers has none for the key {missing[0]}; it depends on the reports, --green-version and "
+                "--green-prompt"
+            )
         return [self._answers[key] for key in keys]
+
+    def notices(self, prompts: Iterable[str]) -> list[str]:
+        """What is odd about the file, after all `prompts` were asked."""
+        strangers = self._answers.keys() - {prompt_key(prompt) for prompt in prompts}
+        found = []
+        if strangers:
+            found.append(
+                f"{self._path}: {len(strangers)} of {len(self._answers)} answers are to questions that were not asked, such as "
+                f"{min(strangers)}"
+            )
+        if self._differ:
+            found.append(
+                f"{self._path}: {len(self._differ)} keys have several answers that differ, such as {min(self._differ)}; "
+                "the last counts"
+            )
+        return found
 
 
 def read_lines(path: str) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file."""
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = Path(path).read_text(encoding="utf-8-sig")
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # texts may hold other ends of lines
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a file of JSON lines") from error
     except ValueError as error:
@@ -111,79 +131,3 @@ def read_lines(path: str) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: holds a line that is no object; write one object a line")
     return rows
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Reports and key go to the address that was named, and to no other."""
-
-    def redirect_request(self, *args: Any) -> None:
-        return None
-
-
-class EndpointJudge:
-    """A server that speaks OpenAI's chat completions."""
-
-    batch = 1
-
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        key: str = "",
-        timeout: float = 120.0,
-        parallel: int = 4,
-        sleep: Callable[[float], None] = time.sleep,
-    ):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--judge {url}: give an address such as http://localhost:8000/v1, or the folder of a model")
-        if parts.username or parts.password:
-            raise UserError("--judge: the address holds a password; put it into the variable that --judge-key-variable names")
-        path = parts.path.rstrip("/")
-        path = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
-        self._url = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
-        self.host = parts.hostname
-        self.name, self.parallel = f"{model} at {parts.netloc}", parallel
-        self._model, self._key, self._timeout, self._sleep = model, key, timeout, sleep
-        self._opener = urllib.request.build_opener(_NoRedirect)
-
-    @property
-    def is_remote(self) -> bool:
-        return not (self.host in ("localhost", "::1") or self.host.startswith("127."))
-
-    def complete(self, prompts: Sequence[str]) -> list[str]:
-        return [self._ask(prompt) for prompt in prompts]
-
-    def _ask(self, prompt: str) -> str:
-        # no bound on the reply: servers that know their context refuse one that is too large
-        content = {"model": self._model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
-        body = json.dumps(content).encode()
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                with self._opener.open(urllib.request.Request(self._url, body, headers), timeout=self._timeout) as reply:
-                    return _text_of(reply.read())
-            except urllib.error.HTTPError as error:
-                what, again = f"it answered {error.code} {error.reason}", error.code in _BUSY
-                error.close()
-            except TimeoutError:
-                what, again = f"no answer within {self._timeout:g} s", True
-            except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-                reason = getattr(error, "reason", error)
-                late = isinstance(reason, TimeoutError)
-                what, again = (f"no answer within {self._timeout:g} s" if late else f"it cannot be reached ({reason})"), True
-            if not again or attempt == ATTEMPTS:
-                break
-            self._sleep(_PAUSE * 2 ** (attempt - 1))
-        raise JudgeError(f"{self.name}: {what}{f', {ATTEMPTS} times' if again else ''}")
-
-
-def _text_of(reply: bytes) -> str:
-    """The text of a chat completion."""
-    try:
-        text = json.loads(reply)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise JudgeError(f"what it answered is no chat completion: {reply[:80].decode('utf-8', 'replace')!r}")
-    return text

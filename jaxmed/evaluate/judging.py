@@ -23,8 +23,8 @@ from jaxmed.evaluate.studies import Study
 
 Measure = Literal["green", "percentage"]
 MEASURES: tuple[Measure, ...] = ("green", "percentage")
-GIVE_UP = 5
-"""Calls without any answer at the start, after which a judge is taken for absent"""
+GIVE_UP, GIVE_UP_LATER = 5, 20
+"""Calls in succession without an answer, at the start and later on, after which a judge that may be absent is taken for it"""
 UPSTREAM_ZERO = "green_zero"
 """Name of the defect (`--upstream-exact`): a reply without any section scores 0"""
 
@@ -105,17 +105,24 @@ def write_requests(path: str, asked: Sequence[Question]) -> int:
 class Kept:
     """Replies on disk, by prompt and judge."""
 
-    def __init__(self, path: str, judge: str):
+    def __init__(self, path: str, judge: str, anew: bool = False):
+        """`anew`: the judge has its answers at hand, which count before those that are kept."""
         self.path, self.judge, self.found = path, judge, dict[str, str]()
         if os.path.exists(path):
             _cut_torn_line(path)
             for row in read_lines(path):
                 if row.get("judge") == judge and isinstance(row.get("reply"), str):
                     self.found[str(row.get("key"))] = row["reply"]
+        self._written = dict(self.found)
+        if anew:
+            self.found = {}
 
     def add(self, question: Question, reply: str) -> None:
         key = prompt_key(question.prompt)
         self.found[key] = reply
+        if self._written.get(key) == reply:
+            return
+        self._written[key] = reply
         row = {"key": key, "judge": self.judge, "measure": question.measure, "study": question.name, "reply": reply}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -139,22 +146,27 @@ def ask(
     missing = list({prompt_key(q.prompt): q for q in asked if prompt_key(q.prompt) not in kept.found}.values())
     groups = [missing[i : i + judge.batch] for i in range(0, len(missing), judge.batch)]
     problems: list[Problem] = []
-    answered = False
+    answered, silent = False, 0
     for done, (group, replies) in enumerate(_answers(groups, judge), 1):
+        silent += 1
         if isinstance(replies, str):
             faults = [replies] * len(group)
         else:
-            answered, faults = True, _faults(group, replies, settings)
+            answered, silent, faults = True, 0, _faults(group, replies, settings)
             for question, reply, fault in zip(group, replies, faults, strict=True):
                 if not fault:
                     kept.add(question, reply)
         pairs = zip(group, faults, strict=True)
         problems += [Problem(f"study {q.name!r}", f"{q.measure}: {fault}") for q, fault in pairs if fault]
         tell(done, len(groups))
-        if done == GIVE_UP and not answered:
-            raise UserError(f"the judge answered none of the first {GIVE_UP} calls; the last: {problems[-1]}")
+        if judge.may_be_absent and silent == (GIVE_UP_LATER if answered else GIVE_UP):
+            which = f"none of the {'last' if answered else 'first'} {silent} calls"
+            hint = f"; what it said is in {kept.path}, the same command asks for the rest" if answered else ""
+            raise UserError(f"the judge answered {which}; the last: {problems[-1]}{hint}")
         if problems and not skip:
             raise BadRecords(problems)
+    if groups and not answered and not kept.found:
+        raise UserError(f"the judge answered none of {len(groups)} calls; the last: {problems[-1]}")
     place = {f"study {question.name!r}": number for number, question in enumerate(asked)}
     return kept.found, sorted(problems, key=lambda problem: place[problem.where])
 

@@ -111,10 +111,8 @@ def test_a_resample_has_the_mean_of_the_groups_that_it_has():
     by_hand = (totals & right).sum(1) / totals.sum(1)
     mean = parts.to_json(first.parts)["question_types"]["mean"]
     assert mean["intervals"]["accuracy"] == pytest.approx(list(np.percentile(by_hand, [2.5, 97.5])))
-    gain = compare.compare(first, other).types["mean"]["accuracy"]
-    assert gain.value == pytest.approx(20 / 30) and gain.interval == pytest.approx(
-        tuple(np.percentile(1 - by_hand, [2.5, 97.5]))
-    )
+    gain, limits = compare.compare(first, other).types["mean"]["accuracy"], np.percentile(1 - by_hand, [2.5, 97.5])
+    assert gain.value == pytest.approx(20 / 30) and gain.interval == pytest.approx(tuple(limits))
     lone = compare.compare(run("a", made, resamples=1), run("b", made, resamples=1))
     absent = [one for one in lone.types.values() if "interval" not in one["accuracy"].json()]
     assert absent  # a group that the one resample lacks: nothing is known of its difference, and that is said

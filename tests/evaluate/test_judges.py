@@ -14,6 +14,7 @@ from jaxmed.api import load
 from jaxmed.config import MeshConfig
 from jaxmed.errors import BadRecords, UserError
 from jaxmed.evaluate import green, judges, judging
+from jaxmed.evaluate.endpoint import EndpointJudge
 from jaxmed.evaluate.studies import Study
 from jaxmed.sharding import make_mesh
 
@@ -73,7 +74,7 @@ def serve():
 
 
 def endpoint(server, **more):
-    return judges.EndpointJudge(server.url, "judge-7b", sleep=lambda seconds: None, **({"timeout": 5.0} | more))
+    return EndpointJudge(server.url, "judge-7b", sleep=lambda seconds: None, **({"timeout": 5.0} | more))
 
 
 def studies(count=6):
@@ -97,7 +98,7 @@ def test_a_server_is_asked_greedily_and_with_the_key_and_only_there(serve):
         and server.bodies[0]["model"] == "judge-7b"
     )
     assert not judge.is_remote and "secret" not in judge.name
-    assert judges.EndpointJudge("https://example.org/v1", "m").is_remote
+    assert EndpointJudge("https://example.org/v1", "m").is_remote
     elsewhere = endpoint(serve(lambda prompt: (302, "")))
     with pytest.raises(judges.JudgeError, match="302"):
         elsewhere.complete(["not to be sent on"])
@@ -114,13 +115,13 @@ def test_a_busy_server_is_asked_again_and_a_silent_one_is_told(serve):
     with pytest.raises(judges.JudgeError, match=r"no answer within 0\.1 s, 3 times"):
         endpoint(silent, timeout=0.1).complete(["p"])
     with pytest.raises(judges.JudgeError, match="cannot be reached"):
-        judges.EndpointJudge("http://127.0.0.1:9", "m", sleep=lambda seconds: None).complete(["p"])
+        EndpointJudge("http://127.0.0.1:9", "m", sleep=lambda seconds: None).complete(["p"])
 
 
 @pytest.mark.parametrize(("url", "match"), [("ftp://x", "give an address"), ("http://me:pw@host/v1", "holds a password")])
 def test_addresses_that_cannot_be_used(url, match):
     with pytest.raises(UserError, match=match):
-        judges.EndpointJudge(url, "m")
+        EndpointJudge(url, "m")
 
 
 def test_what_is_missing_is_asked_again_and_nothing_else(serve, tmp_path):
@@ -149,7 +150,7 @@ def test_what_is_missing_is_asked_again_and_nothing_else(serve, tmp_path):
     assert not problems and len(server.prompts) == 2 and all(f"answer {i}" in "".join(server.prompts) for i in (1, 4))
     ask(asked, endpoint(server), tmp_path / "judge.jsonl")
     assert len(server.prompts) == 2
-    other = judges.EndpointJudge(server.url, "another", timeout=5)
+    other = EndpointJudge(server.url, "another", timeout=5)
     ask(asked, other, tmp_path / "judge.jsonl")
     assert len(server.prompts) == 8  # another judge's replies are not this one's
 
@@ -169,7 +170,7 @@ def test_stop_ends_at_the_first_fault_and_keeps_what_was_said(serve, tmp_path):
 class Slow:
     """Judges `answer 0` never, all others at once."""
 
-    name, batch, parallel = "slow", 1, 2
+    name, batch, parallel, may_be_absent = "slow", 1, 2, True
 
     def __init__(self, said):
         self.said, self.never = said, threading.Event()
@@ -205,7 +206,7 @@ def test_calls_under_way_are_not_waited_for(tmp_path):
 
 
 def test_an_absent_judge_is_given_up(tmp_path):
-    judge = judges.EndpointJudge("http://127.0.0.1:9", "m", sleep=lambda seconds: None)
+    judge = EndpointJudge("http://127.0.0.1:9", "m", sleep=lambda seconds: None)
     with pytest.raises(UserError, match="none of the first 5 calls"):
         ask(judging.questions(studies(40), judging.Settings()), judge, tmp_path / "judge.jsonl")
 
@@ -232,6 +233,38 @@ def test_file_exchange(tmp_path):
         judges.FileJudge(str(tmp_path / "bad.jsonl"))
 
 
+def test_files_of_answers_that_are_odd(tmp_path):
+    asked = judging.questions(studies(8), judging.Settings())
+    path = tmp_path / "in.jsonl"
+
+    def answers(rows, skip=True):
+        # what others write: a byte order mark, letters as they are, other ends of lines within texts
+        lines = [json.dumps({"key": key, "answer": text + "\u2028\x85"}, ensure_ascii=False) for key, text in rows]
+        path.write_text("\n".join(lines), encoding="utf-8-sig")
+        judge = judges.FileJudge(str(path))
+        kept = judging.Kept(str(tmp_path / "judge.jsonl"), judge.name, anew=True)
+        replies, problems = judging.ask(asked, judge, kept, judging.Settings(), skip, lambda done, total: None)
+        values = judging.results(studies(8), asked, replies, judge.name, judging.Settings())[0].values
+        return values, problems, judge.notices(q.prompt for q in asked)
+
+    keys = [judges.prompt_key(q.prompt) for q in asked]
+    rows = [(key, GOOD.format(i)) for i, key in enumerate(keys)]
+    values, problems, notices = answers(rows[::-1])
+    np.testing.assert_allclose(values, 1 / (1 + np.arange(8)))
+    assert not problems and not notices
+    # the first six are missing, which means nothing in a file; one is answered twice, one was not asked
+    values, problems, notices = answers([*rows[6:], ("other", "x"), (keys[7], GOOD.format(0)), rows[6]])
+    assert [problem.where for problem in problems] == [f"study 's{i}'" for i in range(6)]
+    assert values[6] == 1 / 7 and values[7] == 1  # not what judge.jsonl has from the time before
+    assert notices == [
+        f"{path}: 1 of 3 answers are to questions that were not asked, such as other",
+        f"{path}: 1 keys have several answers that differ, such as {keys[7]}; the last counts",
+    ]
+    assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == 8 + 1
+    with pytest.raises(UserError, match=r"none of 8 calls; .*--green-version"):
+        answers([("other", "x")])
+
+
 def test_who_is_asked_about():
     report, empty = studies(2)
     empty = Study("e", "v", ("q",), ("a",), (" ",))
@@ -252,6 +285,9 @@ def test_a_model_of_ours_gets_the_published_chat_with_an_end_token_behind_it():
     assert len(replies) == 2 and all(isinstance(reply, str) for reply in replies)
     spoken = model.generate([None], [judge.ids("normal")], max_new_tokens=70 - len(judge.ids("normal")), batch=2)[0]
     assert replies[1] == spoken.text
+    programs = model.engine.compilations
+    judge.complete(["left lung is", "normal"])  # another prompt's length is no reason for another program
+    assert model.engine.compilations == programs
     long = judge.ids("word " * 100)
     assert len(long) == 70 and long[-1] == end
     with pytest.raises(judges.JudgeError, match="fills the judge's 70 tokens"):

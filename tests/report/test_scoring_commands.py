@@ -213,7 +213,7 @@ def test_a_judge_on_another_machine_is_said_before_it_is_asked(files, capsys, mo
         seen.append("leave this machine" in capsys.readouterr().err)
         return [JUDGED.format(1)] * len(prompts)
 
-    monkeypatch.setattr("jaxmed.evaluate.judges.EndpointJudge.complete", complete)
+    monkeypatch.setattr("jaxmed.evaluate.endpoint.EndpointJudge.complete", complete)
     assert run([*flags, "--judge", "https://judge.example/v1", "--judge-parallel", "1"]) == 0
     assert seen == [True] + [False] * 5 and content(files / "out")["green"]["judge"] == "m at judge.example"
     assert run([*flags, "--judge", "http://localhost:8000/v1", "--judge-parallel", "1"]) == 0
