@@ -104,6 +104,8 @@ def _mixture(values: Mapping[str, Any], path: str) -> Mixture:
     if weighted and len(weighted) < len(members):
         lacking = ", ".join(name for name in names if name not in weighted)
         raise UserError(f"{path}: {lacking} has no weight, {', '.join(weighted)} has one; give all of them a weight, or none")
+    if "epoch" in values and not weighted:
+        raise UserError(f"{path}: epoch says how many samples come by weight, and no set has one; give weights, or take it out")
     epoch = str(values.get("epoch", "largest"))
     if epoch not in ("largest", "smallest", *names) and not (epoch.isdigit() and int(epoch)):
         raise UserError(
@@ -193,19 +195,19 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupDraw:
-    """Draws each group's samples in turn: over the epochs all come equally often, whatever the counts are."""
+    """Draws each group's samples in turn: within an epoch and over all of them no sample comes more than once oftener than
+    another of its group, whatever the counts are."""
 
     groups: tuple[Group, ...]
 
     def epoch(self, seed: int, epoch: int, shuffle: bool) -> list[int]:
-        """An epoch takes the next `count` of a group's stream, which is one permutation of its samples after the other."""
+        """An epoch takes the next `count` of a group's stream, which is one permutation of its samples over and over: another
+        permutation each time would give some of them twice to an epoch in which two meet."""
         drawn: list[int] = []
         for number, group in enumerate(self.groups):
-            size, at = len(group.samples), epoch * group.count
-            for turn in range(at // size, -(-(at + group.count) // size)):
-                order = random_order(size, seed, number, turn, 0, _DRAWN).tolist() if shuffle else range(size)
-                begin, end = max(at - turn * size, 0), min(at + group.count - turn * size, size)
-                drawn += [group.samples[order[place]] for place in range(begin, end)]
+            size, begin = len(group.samples), epoch * group.count
+            order = random_order(size, seed, number, 0, 0, _DRAWN).tolist() if shuffle else range(size)
+            drawn += [group.samples[order[at % size]] for at in range(begin, begin + group.count)]
         return drawn
 
     def describe(self) -> str:
@@ -230,13 +232,19 @@ def group_draw(
         own = {region: tuple(found) for (name, region), found in sorted(places.items()) if name == member.name}
         if own:
             parts[member.name] = (own, _by_region(own, weights[member.name]))
+        if own and not parts[member.name][1]:
+            of = f"of the set {member.name} " if member.name else ""
+            raise UserError(
+                f"region weights {list(weights[member.name])} {of}leave no record, there are reports of {', '.join(own)} "
+                f"alone; they are for {', '.join(REGIONS)}"
+            )
     sizes = {name: sum(counts.values()) for name, (_, counts) in parts.items()}
     wanted = _by_set([member for member in members if member.name in parts], sizes, mixture.epoch if mixture else "largest")
-    groups = []
+    once, groups = {member.name for member in members if member.cap < 0}, []
     for name, (own, counts) in parts.items():
-        for region, count in counts.items():
-            scaled = max(_nearest(Fraction(count * wanted[name], sizes[name])), 1)
-            groups.append(Group("/".join(filter(None, (name, region))) or "records", own[region], scaled))
+        for region, count in _apportioned(counts, wanted[name]).items():
+            count = min(count, len(own[region])) if name in once else count
+            groups.append(Group("/".join(filter(None, (name, region))) or "records", own[region], count))
     natural = all(group.count == len(group.samples) for group in groups) and sum(len(g.samples) for g in groups) == len(keys)
     return None if natural else GroupDraw(tuple(groups))
 
@@ -265,17 +273,26 @@ def _by_set(members: Sequence[Member], sizes: Mapping[str, int], epoch: str) -> 
     if any(member.weight for member in members):
         shares = {member.name: Fraction(member.weight) for member in members}
         needs = {name: sizes[name] / share for name, share in shares.items()}
-        if epoch.isdigit():
-            unit = int(epoch) / sum(shares.values(), Fraction(0))
-        elif epoch in needs:
-            unit = needs[epoch]
-        else:
-            unit = min(needs.values()) if epoch == "smallest" else max(needs.values())
-        counts = {name: max(_nearest(share * unit), 1) for name, share in shares.items()}
+        whole = min(needs.values()) if epoch == "smallest" else max(needs.values())
+        counts = {name: max(_nearest(share * needs.get(epoch, whole)), 1) for name, share in shares.items()}
+        if epoch.isdigit() and epoch not in needs:
+            counts = _apportioned(shares, int(epoch))
     else:
         counts = {member.name: sizes[member.name] for member in members}
     caps = {member.name: sizes[member.name] if member.cap < 0 else member.cap for member in members if member.cap}
     return {name: min(count, caps.get(name, count)) for name, count in counts.items()}
+
+
+def _apportioned(shares: Mapping[str, int | Fraction], total: int) -> dict[str, int]:
+    """`total` in parts as the shares say, the largest remainders rounded up; each has one at least."""
+    unit = Fraction(total) / sum(map(Fraction, shares.values()))
+    exact = {name: share * unit for name, share in shares.items()}
+    counts = {name: max(int(value), 1) for name, value in exact.items()}
+    for _ in range(total - sum(counts.values())):
+        counts[max(exact, key=lambda name: exact[name] - counts[name])] += 1
+    for _ in range(sum(counts.values()) - max(total, len(counts))):
+        counts[max(counts, key=counts.__getitem__)] -= 1
+    return counts
 
 
 def _nearest(value: Fraction) -> int:

@@ -240,7 +240,9 @@ def known_records(values: Sequence[Mapping[str, Any] | Record], reading: Reading
 def load_records(path: str, reading: Reading = AS_LLAVA) -> tuple[list[Record], list[Problem]]:
     """All usable records of a .json, .jsonl or .csv file, or of a mixture of them, in file order, and a Problem for each of the
     others. `path` may say how the file is read (jaxmed.data.record_files), and wins over `reading`."""
-    mixture = read_mixture(path)
+    mixture, file = read_mixture(path), parse(path)
+    if mixture is None and file.path != path and read_mixture(file.path):
+        raise UserError(f"{path}: {file.path} is a mixture; how a set is read stands behind its own `records`, inside")
     if mixture is None:
         return _load(path, reading)
     records, problems = [], []

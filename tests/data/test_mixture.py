@@ -41,6 +41,7 @@ def test_weights_are_shares_of_an_epoch():
     assert counts(*members(1, 1, 1), epoch="a") == {"a": 7, "b": 7, "c": 7}
     assert counts(*members(1, 1, 1, cap=-1), epoch="a") == {"a": 7, "b": 7, "c": 4}  # 1:1, nothing twice
     assert counts(*members(0, 0, 0, cap=6)) == {"a": 6, "b": 6, "c": 4}
+    assert counts(*members(1, 1, 1), epoch="100") == {"a": 34, "b": 33, "c": 33}  # a number is that number
 
 
 REGIONAL = [("", "chest")] * 4 + [("", "abdomen")] * 13 + [("", "pelvis")] * 9
@@ -52,9 +53,20 @@ def test_regions_by_weight():
     assert counts(keys=REGIONAL, weights=(2, 4, 0)) == {"abdomen": 13, "chest": 7}
     assert counts(keys=REGIONAL[4:], weights=(1, 1, 1)) == {"abdomen": 13, "pelvis": 13}  # there is no chest
     assert counts(keys=[("", "")] * 5, weights=(1, 1, 1)) == {}
+    with pytest.raises(UserError, match=r"\[0, 1, 1\] leave no record, there are reports of chest alone"):
+        counts(keys=REGIONAL[:4], weights=(0, 1, 1))
     keys = [("amos", region) for _, region in REGIONAL] + [("ct", "")] * 100
     pair = [Member("amos", "", weight=1.0, region_weights=(1, 1, 1)), Member("ct", "", weight=1.0, cap=-1)]
     assert counts(*pair, keys=keys, epoch="amos") == {"amos/chest": 13, "amos/abdomen": 13, "amos/pelvis": 13, "ct": 39}
+    capped = Member("amos", "", cap=11, region_weights=(1, 1, 1))  # no more than the cap
+    assert counts(capped, Member("ct", ""), keys=keys) == {"amos/abdomen": 4, "amos/chest": 4, "amos/pelvis": 3, "ct": 100}
+    once = Member("amos", "", cap=-1, region_weights=(1, 1, 1))  # once is once, for every region
+    assert counts(once, Member("ct", "", cap=50), keys=keys) == {
+        "amos/abdomen": 13,
+        "amos/chest": 4,
+        "amos/pelvis": 9,
+        "ct": 50,
+    }
 
 
 def test_weights_of_the_run_repeat_no_nearly_empty_region_of_another_set(tmp_path):
@@ -79,6 +91,7 @@ def test_all_samples_of_a_group_come_equally_often():
     for epoch in range(30):
         now = draw.epoch(5, epoch, True)
         assert Counter(KEYS[i][0] for i in now) == {"a": 7, "b": 11, "c": 4}
+        assert max(Counter(i for i in now if KEYS[i][0] == "b").values()) == 1  # 11 of 30: none twice
         seen.update(now)
     for name, times in (("a", 30), ("b", 11), ("c", 30)):
         assert {seen[i] for i, key in enumerate(KEYS) if key[0] == name} == {times}
@@ -231,6 +244,7 @@ BAD = [
         "b has no weight",
     ),
     ({"sets": [{"records": "mix.json"}]}, "is a mixture itself"),
+    ({"sets": [{"records": "first/dataset.json"}], "epoch": "smallest"}, "no set has one; give weights"),
 ]
 
 
@@ -252,6 +266,8 @@ def test_what_is_no_mixture_is_left_to_its_reader(mixed):
         is read_mixture(str(mixed / "no.json"))
         is None
     )
+    with pytest.raises(UserError, match=r"mix\.json is a mixture; how a set is read stands behind its own `records`"):
+        load_records(f"{describe(mixed)}:training")
     for name, text in (("a.yaml", "- 1"), ("b.yml", "a: [")):
         (mixed / name).write_text(text)
         with pytest.raises(UserError, match=name):
