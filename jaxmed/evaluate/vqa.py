@@ -8,6 +8,7 @@ Axis letters: Q questions, K options of a question.
 """
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,31 +21,58 @@ RULES = ("vqa_substring", "vqa_first_letter")
 """Names of upstream's rules (`--upstream-exact`)"""
 
 
+_BEFORE = r"[\s\"'`*(\[{<$]*"
+"""Marks that may stand before a letter"""
+_END = r"(?:\W*$|\s*[.):,;*\]}\"'`<>])"
+"""What stands behind a letter that is no word: a mark, or nothing more"""
+_WORDS = r"(?i:(?:the|my|final|correct|right|best)\s+)*(?i:answer|option|choice)"
+_SAYS = r"(?i:(?:answer|option|choice)\s+(?:is|would be|should be|must be)|answer\s*[:=>]|choose|pick|select|it is|it's|boxed)"
+
+
 def parse(answer: str, options: Mapping[str, str]) -> str:
     """The letter of the option that an answer names, "" for none. `options` has at least one.
 
-    A capital at the beginning counts, alone or before anything that is no letter; a small one only alone or before a mark, as
-    it may be the article. An answer of several words that is an option's whole text is that option, letters aside.
+    A capital at the beginning counts, alone or before anything that is no letter, but for another option's letter ("A or B"); a
+    small one only alone or before a mark, as it may be the article. An answer of several words that is an option's whole text
+    is that option, letters aside.
     """
+    answer = unicodedata.normalize("NFKC", answer)
     text = _plain(answer)
-    texts = {letter: _plain(option) for letter, option in options.items()}
+    texts = {letter: _plain(unicodedata.normalize("NFKC", option)) for letter, option in options.items()}
     whole = [letter for letter, option in texts.items() if option == text and " " in text]
     if len(whole) == 1:
         return whole[0]
     by_name = {letter.upper(): letter for letter in options}
     letters = "|".join(re.escape(letter) for letter in by_name)
+    another = rf"\)?\s*(?:,|/|&|\+|or\b|and\b)\s*\(?(?:{letters})(?![\w-])"
+    if re.match(rf"\s*\(?({letters})\b{another}", answer):
+        return ""
     capital = re.match(rf"\s*\(?({letters})\b", answer)
     small = re.match(rf"\s*\(?({letters.lower()})(?:\s*$|\s*[.):,])", answer)
     if found := capital or small:
         return by_name[found[1].upper()]
+    if stated := _stated(answer, letters, another):
+        return by_name[stated]
     held = [letter for letter, option in texts.items() if option and re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text)]
     longest = [a for a in held if not any(a != b and texts[a] in texts[b] and texts[a] != texts[b] for b in held)]
     return longest[0] if len(longest) == 1 else ""
 
 
+def _stated(answer: str, letters: str, another: str) -> str:
+    """The one capital letter of which the answer says that it is its answer, "" for none. An A before a word is an article."""
+    small = letters.lower()
+    first = re.match(rf"{_BEFORE}(?:{_WORDS})?[\s:=]*{_BEFORE}({letters}|{small})(?!{another}){_END}", answer)
+    if first:
+        return first[1].upper()
+    behind = rf"(?:{_END}|(?<!A)(?![\w'-]))"
+    found = re.finditer(rf"\b{_SAYS}\s*(?i:option|choice)?{_BEFORE}({letters})(?!{another}){behind}", answer)
+    named = {one[1] for one in found}
+    return named.pop() if len(named) == 1 else ""
+
+
 def _plain(text: str) -> str:
-    """Lower case, single spaces, no marks at the end."""
-    return " ".join(text.lower().split()).rstrip(".;,:! ")
+    """Lower case, single spaces, no marks at the ends."""
+    return " ".join(text.lower().split()).rstrip(".;,:! ").strip("\"'`*")
 
 
 def _as_parsed(answer: str, letter: str, options: Mapping[str, str]) -> bool:

@@ -37,6 +37,28 @@ def test_the_option_that_an_answer_names(answer, letter):
     assert vqa.parse(answer, OPTIONS) == letter
 
 
+@pytest.mark.parametrize(
+    ("letter", "answers"),
+    [
+        ("A", "Choice A. | It is A. | Answer:A | the answer is (a lung); Left lung"),
+        (
+            "B",
+            '( B ) | [B] | **B** | **B.** Left | `B` | "B" | \\boxed{B} | $\\boxed{B}$ | <answer>B</answer> | Answer: B | Ｂ．',
+        ),
+        ("B", "answer: b | The answer is B. | Final answer: **B** | Option B | Option B: left | I choose B, as it is big"),
+        ("B", "The correct option is B because of the hilum | My answer would be option B | It's B. | B\nis seen"),
+        ("C", "The answer is a cyst | The answer is A cyst. | 'A cyst' | The best choice is (C), a cyst; not B"),
+        ("", "A or B | (A) or (B) | A and C | A/B | A, B | A & D | The answer is B or C | B, C and D | Answer: A, B"),
+        ("", "Option B is wrong | The answer is B. No, the answer is C. | It is a lesion | Answer: unclear | C5 vertebra"),
+        ("", "I would not choose between them | The answer is E | [ ] | ... | Answer: | option | vitamin B or D"),
+        ("B", "B, a common one | B and nothing else | B/lung | B-sided"),
+    ],
+)
+def test_answers_that_say_which_is_theirs(letter, answers):
+    found = {answer: vqa.parse(answer, OPTIONS) for answer in answers.split(" | ")}
+    assert found == dict.fromkeys(found, letter)
+
+
 def test_options_of_other_letters_and_options_within_options():
     assert vqa.parse("e. spleen", {"d": "liver", "e": "spleen"}) == "e"
     assert vqa.parse("it is the left kidney", {"A": "kidney", "B": "left kidney"}) == "B"
