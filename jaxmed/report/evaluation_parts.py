@@ -42,7 +42,7 @@ _CLASSES = {
     "f": "comparison left out",
 }
 _RULES = {
-    "": "the letter at the beginning of an answer, or where it says which is its answer, else the one option whose text it holds",
+    "": "the letter at the beginning of an answer or where it says so, else the one option whose text it holds",
     "vqa_substring": "M3D's: right if the right letter with a full stop is anywhere in the answer",
     "vqa_first_letter": "the AMOS-MM authors': right if the first character is the right letter",
 }
