@@ -223,11 +223,7 @@ def group_draw(
     `region_weights`: the run's shares of chest, abdomen and pelvis; see `_weights`.
     """
     members = mixture.members if mixture else (Member("", ""),)
-    weights = _weights(members, tuple(region_weights))
-    places: dict[tuple[str, str], list[int]] = {}
-    for sample, key in enumerate(keys):
-        places.setdefault(key, []).append(sample)
-    parts = {}
+    weights, places, parts = _weights(members, tuple(region_weights)), _places(keys), {}
     for member in members:
         own = {region: tuple(found) for (name, region), found in sorted(places.items()) if name == member.name}
         if own:
@@ -244,9 +240,25 @@ def group_draw(
     for name, (own, counts) in parts.items():
         for region, count in _apportioned(counts, wanted[name]).items():
             count = min(count, len(own[region])) if name in once else count
-            groups.append(Group("/".join(filter(None, (name, region))) or "records", own[region], count))
+            groups.append(_group((name, region), own[region], count))
     natural = all(group.count == len(group.samples) for group in groups) and sum(len(g.samples) for g in groups) == len(keys)
     return None if natural else GroupDraw(tuple(groups))
+
+
+def every_sample(keys: Sequence[tuple[str, str]]) -> GroupDraw:
+    """The same where an epoch is every sample once, to be described alike."""
+    return GroupDraw(tuple(_group(key, tuple(found), len(found)) for key, found in _places(keys).items()))
+
+
+def _places(keys: Sequence[tuple[str, str]]) -> dict[tuple[str, str], list[int]]:
+    places: dict[tuple[str, str], list[int]] = {}
+    for sample, key in enumerate(keys):
+        places.setdefault(key, []).append(sample)
+    return places
+
+
+def _group(key: tuple[str, str], samples: tuple[int, ...], count: int) -> Group:
+    return Group("/".join(filter(None, key)) or "records", samples, count)
 
 
 def _weights(members: Sequence[Member], of_run: tuple[float, ...]) -> dict[str, tuple[float, ...]]:

@@ -7,6 +7,7 @@ import os
 from jaxmed.config import Experiment
 from jaxmed.data.ct_rate import check_patients
 from jaxmed.data.dataset import Dataset, scan
+from jaxmed.data.mixture import every_sample
 from jaxmed.data.pairs import PairSet, scan_pairs
 from jaxmed.data.plan import Plan
 from jaxmed.data.tokenizer import Tokenizer
@@ -42,8 +43,9 @@ def open_data(experiment: Experiment, out: str) -> Sources:
     bad = fill_volumes(experiment, [found for found in (train, held_out) if found])
     train = without(train, bad, experiment.data.records)
     held_out = without(held_out, bad, experiment.data.eval_records) if held_out else None
-    if train.draw:
-        say(train.draw.describe())
+    draw = train.draw or every_sample([(sample.record.dataset, sample.record.region) for sample in train.samples])
+    if train.draw or draw.groups[1:]:
+        say(draw.describe())
     drawn = repr(train.draw) if train.draw else ""
     digest = hashlib.sha256((repr([(s.record.id, s.size) for s in train.samples]) + drawn).encode()).hexdigest()
     folder = os.path.join(out, "tokenizer")

@@ -12,7 +12,7 @@ from small_data import make_experiment, make_tokenizer, make_volumes
 from jaxmed.config import DataConfig
 from jaxmed.data.asking import drawn
 from jaxmed.data.dataset import scan
-from jaxmed.data.mixture import GroupDraw, Member, Mixture, digest, group_draw, read_mixture
+from jaxmed.data.mixture import GroupDraw, Member, Mixture, digest, every_sample, group_draw, read_mixture
 from jaxmed.data.plan import Plan, SampleSize
 from jaxmed.data.records import Reading, load_records
 from jaxmed.data.rows import build_rows
@@ -49,6 +49,7 @@ REGIONAL = [("", "chest")] * 4 + [("", "abdomen")] * 13 + [("", "pelvis")] * 9
 
 def test_regions_by_weight():
     assert counts(keys=REGIONAL) == {}
+    assert every_sample(REGIONAL).describe() == "an epoch has 26 samples: chest 4, abdomen 13, pelvis 9"
     assert counts(keys=REGIONAL, weights=(1, 1, 1)) == {"abdomen": 13, "chest": 13, "pelvis": 13}
     assert counts(keys=REGIONAL, weights=(2, 4, 0)) == {"abdomen": 13, "chest": 7}
     assert counts(keys=REGIONAL[4:], weights=(1, 1, 1)) == {"abdomen": 13, "pelvis": 13}  # there is no chest
