@@ -17,7 +17,7 @@ from jaxmed.data.drafts import Draft
 from jaxmed.data.mixture import Member, read_mixture
 from jaxmed.data.record_files import MissingImageToken, Reading, parse
 from jaxmed.data.record_lists import TURNS, check_keys, read_values
-from jaxmed.data.tables import RAGGED, draft_of, kind_of
+from jaxmed.data.tables import RAGGED, draft_of, kind_of, ragged
 from jaxmed.data.tokenizer import IMAGE_TOKEN
 from jaxmed.errors import Problem, UserError
 
@@ -197,7 +197,7 @@ def record_from_dict(d: Any, row: int = 0, source: str = "", reading: Reading = 
 def _drafts(d: Mapping[str, Any], source: str, reading: Reading) -> Sequence[Draft | Mapping[str, Any] | UserError]:
     """What becomes a record each; conversations as they are."""
     if RAGGED in d:
-        raise RecordError(f"it has {len(d[RAGGED])} values, more or fewer than the table has columns; quote texts with commas")
+        raise RecordError(ragged(d))
     check_keys(d)
     if any(name in d for name in TURNS):
         return [d]

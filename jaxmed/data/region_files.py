@@ -4,21 +4,24 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxmed.data.ct_rate import drafts, first_reconstructions
+from jaxmed.data.ct_rate import drafts, first_reconstructions, is_ct_rate
 from jaxmed.data.record_files import Reading
 from jaxmed.data.regions import REGIONS, RegionClassifier, lexicon, region_of
-from jaxmed.data.tables import read_csv
+from jaxmed.data.tables import RAGGED, ragged, read_csv
 from jaxmed.errors import BadRecords, Problem, UserError
 
 
 def from_spans(path: str) -> RegionClassifier:
     """A classifier out of a file of JSON lines that a model wrote: {"sentence": ..., "region": ...}, or with "entities", a list
-    of the texts that a named-entity recogniser found in it; the lexicon says where these belong."""
+    of the texts that a named-entity recogniser found in it; the lexicon says where these belong. Sentences are those into
+    which `jaxmed.data.regions.sentences_of` cuts a report."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().splitlines()
+            lines = list(file)  # splitlines would cut at line separators within a text too
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a file of JSON lines") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     known: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -56,6 +59,8 @@ def write_regions(
     -> how many reports say something about each region. BadRecords lists rows that cannot be read; nothing is written then.
     """
     rows = read_csv(table)
+    if not any(map(is_ct_rate, rows)):
+        raise UserError(f"{table}: has no columns VolumeName and Findings_EN; give CT-RATE's CSV of reports")
     kept = first_reconstructions(rows) if first else [True] * len(rows)
     entries: list[dict[str, Any]] = []
     counts, problems = dict.fromkeys(REGIONS, 0), []
@@ -63,6 +68,8 @@ def write_regions(
         if not keep:
             continue
         try:
+            if RAGGED in row:
+                raise UserError(ragged(row))
             found = drafts(row, Reading(by_region=True), classifier)
         except UserError as error:
             problems.append(Problem(f"{table}: record {number}", str(error)))

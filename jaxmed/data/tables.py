@@ -53,6 +53,11 @@ _TABLES = {
 AS_PUBLISHED = Reading()
 
 
+def ragged(row: Mapping[str, Any]) -> str:
+    """What is wrong with a row that does not fit its table."""
+    return f"it has {len(row[RAGGED])} values, more or fewer than the table has columns; quote texts with commas"
+
+
 def kind_of(row: Mapping[str, Any]) -> str:
     """The kind of table that a row with these columns is from, "" for none that is known."""
     columns = {name.strip().lower() for name in row}

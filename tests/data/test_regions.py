@@ -91,6 +91,11 @@ def test_what_a_model_wrote_serves(tmp_path):
     assert split_report("B is old. Cc. A is wide.", classify) == {"abdomen": "B is old. Cc.", "pelvis": "A is wide."}
     with pytest.raises(UserError, match=r"lacks 1 sentences, the first: 'Dd\.'"):
         split_report("Cc. Dd.", classify)
+    path.write_text(json.dumps({"sentence": "Aa\u2028b.", "region": "pelvis"}, ensure_ascii=False), encoding="utf-8")
+    assert from_spans(str(path))(["Aa b."]) == ["pelvis"]
+    path.write_bytes(b'{"sentence": "\xe9", "region": ""}')
+    with pytest.raises(UserError, match="not UTF-8 at byte 14"):
+        from_spans(str(path))
     for bad in ('{"sentence": "A", "region": "head"}', '{"region": "chest"}', "[1]", "{"):
         path.write_text(f'{{"sentence": "A", "region": ""}}\n{bad}\n')
         with pytest.raises(UserError, match="line 2 is not"):
@@ -112,8 +117,12 @@ def test_reports_split_once_are_read_as_amos_reads_them(tmp_path):
             ("train_3_a_1/abdomen", ("train_3/train_3_a/train_3_a_1.nii.gz",), "abdomen", "train_3", "Liver normal."),
             ("train_4_b_1/pelvis", ("train_4/train_4_b/train_4_b_1.nii.gz",), "pelvis", "train_4", "Bladder empty."),
         ]
-    table.write_text("VolumeName,Findings_EN\ntrain_1_a_1.nii.gz,\nscan.nii.gz,Clear.\n")
+    table.write_text("VolumeName,Findings_EN\ntrain_1_a_1.nii.gz,\nscan.nii.gz,Clear.\ntrain_2_a_1.nii.gz,Clear, it is.\n")
     with pytest.raises(BadRecords) as caught:
         write_regions(str(table), str(tmp_path / "no.json"))
-    assert [problem.where[-8:] for problem in caught.value.problems] == ["record 0", "record 1"]
+    assert [problem.where[-8:] for problem in caught.value.problems] == ["record 0", "record 1", "record 2"]
+    assert "3 values" in caught.value.problems[2].what
     assert not (tmp_path / "no.json").exists()
+    table.write_text("image,caption\na.nii.gz,Clear.\n")
+    with pytest.raises(UserError, match="no columns VolumeName and Findings_EN"):
+        write_regions(str(table), out)
