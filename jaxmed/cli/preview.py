@@ -22,11 +22,12 @@ from jaxmed.data.sizes import Progress as Callback
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.data.volumes import Override, read_volume
 from jaxmed.errors import Problem, UserError
-from jaxmed.report import preview
+from jaxmed.report import preview, preview_pairs
 from jaxmed.report.slices import VolumeFolder
 from jaxmed.report.survey import Survey, check_values, survey
+from jaxmed.report.survey_pairs import PairSurvey, survey_pairs
 
-HELP = "Show training samples as the model gets them: tokens, labels, buckets, slices and Hounsfield units, as a page"
+HELP = "Show training samples as the model gets them: tokens, labels, buckets, slices, Hounsfield units; or pairs; as a page"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _volumes(args: Args) -> preview.Volumes | None:
     return preview.Volumes(VolumeFolder(folder), Metadata(args.metadata) if args.metadata else None, args.hu)
 
 
-def _check(args: Args, found: Survey, volumes: preview.Volumes | None) -> list[Problem]:
+def _check(args: Args, found: Survey | PairSurvey, volumes: preview.Volumes | None) -> list[Problem]:
     def fault(image: str) -> str:
         path = volumes.folder.find(image)
         try:
@@ -102,14 +103,14 @@ def _check(args: Args, found: Survey, volumes: preview.Volumes | None) -> list[P
 def run(argv: list[str]) -> int:
     config, flags = common.split_config(argv, "preview")
     experiment = common.load_experiment(config)
-    common.check_writes(experiment, config, "preview")
     known = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(Experiment)}
     args = common.parse(
         Args, common.long_forms(flags), prog=f"jaxmed preview {config}", description=HELP, default=Args(**known)
     )
     if not args.data.records:
         raise UserError("preview needs records: give --data.records FILE.json")
-    if args.model.base or args.model.adapter:  # what their folders decide in training; without one, the config alone
+    pairs = args.task == "contrastive"
+    if pairs or args.model.base or args.model.adapter:  # what folders decide in training; without one, the config alone
         args, notices = resolve(args, given_flags(common.long_forms(flags)))
         for text in notices:
             common.notice(text)
@@ -125,24 +126,29 @@ def run(argv: list[str]) -> int:
     if args.model.tower.kind != "none":
         args = dataclasses.replace(args, visual=with_hounsfield(args.visual, args.metadata, args.hu))
     with _progress("records") as progress:
-        found = survey(args, tokenizer, args.data.records, progress)
+        found = (survey_pairs if pairs else survey)(args, tokenizer, args.data.records, progress)
     rows = preview.choose(found, wanted, args.random, args.seed)
     values = _check(args, found, volumes) if args.check_values else None
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        preview.write_page(args.out, args, tokenizer, found, rows, volumes, values, config)
+        if pairs:
+            preview_pairs.write_page(args.out, args, tokenizer, found, rows, values, config)
+        else:
+            preview.write_page(args.out, args, tokenizer, found, rows, volumes, values, config)
     except OSError as error:
         raise UserError(f"{args.out} cannot be written ({error.strerror}); choose another --out or free space") from error
     _report(args, found, values)
     return 1 if values else 0
 
 
-def _report(args: Args, found: Survey, values: list[Problem] | None) -> None:
+def _report(args: Args, found: Survey | PairSurvey, values: list[Problem] | None) -> None:
     total = len(found.rows) + len(found.unreadable)
     usable = total - len(found.refused) - len(found.voided)
     print(f"{usable:,} of {total:,} records can be trained on")
     if draw := sample_draw([row.record for row in found.rows if row.usable], args.data.records, args):
         print(draw.describe())
+    for line in found.described() if isinstance(found, PairSurvey) else ():
+        print(line)
     sections = [("voided (no token is supervised)", found.voided), ("cannot be used", found.refused)]
     sections += [("with damaged files", values)] if values is not None else []
     for label, problems in sections:

@@ -119,9 +119,7 @@ class PairSet:
 def scan_pairs(experiment: Experiment, tokenizer: Tokenizer, records_path: str) -> PairSet:
     """The usable pairs of a records file. BadRecords lists all that is wrong, unless `data.on_bad_record` is skip."""
     data, visual = experiment.data, experiment.visual
-    # where an image would stand in a question is nothing to a pair
-    reading = dataclasses.replace(reading_of(experiment), missing_image_token="prepend", placeholders=False)
-    records, problems = load_records(records_path, reading)
+    records, problems = pair_records(experiment, records_path)
     folder = input_folder(data, visual)
     if not folder and not all(os.path.isabs(image) for record in records for image in record.images):
         raise UserError(f"{records_path}: give the folder of the volumes, --data.volumes")
@@ -129,8 +127,8 @@ def scan_pairs(experiment: Experiment, tokenizer: Tokenizer, records_path: str) 
     files = check_files([path for path in paths if path], visual, records_path)
     samples = []
     for record, path in zip(records, paths, strict=True):
-        text = next((turn.value for turn in reversed(record.turns) if turn.role == "gpt"), "")
-        faults = _faults(record, text) or ([files[path].problem] if files[path].problem else [])
+        text = report_of(record)
+        faults = faults_of(record, text) or ([files[path].problem] if files[path].problem else [])
         if faults:
             problems.append(Problem(where(record), "; ".join(faults)))
             continue
@@ -143,7 +141,19 @@ def scan_pairs(experiment: Experiment, tokenizer: Tokenizer, records_path: str) 
     return PairSet(experiment, tokenizer, tuple(samples), tuple(problems), draw=draw)
 
 
-def _faults(record: Record, text: str) -> list[str]:
+def pair_records(experiment: Experiment, records_path: str) -> tuple[list[Record], list[Problem]]:
+    """The records of a file, read as pairs, and what cannot be read."""
+    # where an image would stand in a question is nothing to a pair
+    return load_records(
+        records_path, dataclasses.replace(reading_of(experiment), missing_image_token="prepend", placeholders=False)
+    )
+
+
+def report_of(record: Record) -> str:
+    return next((turn.value for turn in reversed(record.turns) if turn.role == "gpt"), "")
+
+
+def faults_of(record: Record, text: str) -> list[str]:
     """What keeps a record from being a pair, before its file is looked at."""
     if len(record.images) != 1:
         return [f"it has {len(record.images)} images; a pair is one volume and its report"]

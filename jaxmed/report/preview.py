@@ -21,6 +21,7 @@ from jaxmed.errors import Problem, UserError
 from jaxmed.report import input_panel, page, token_panel, view_input, volume_panel
 from jaxmed.report.slices import VolumeFolder
 from jaxmed.report.survey import Row, Survey
+from jaxmed.report.survey_pairs import PairSurvey
 
 LISTED = 30
 """Problems that the page lists by name"""
@@ -33,9 +34,9 @@ class Volumes:
     hu: Override
 
 
-def choose(found: Survey, wanted: tuple[int, ...], count: int, seed: int) -> list[Row]:
+def choose(found: Survey | PairSurvey, wanted: tuple[int, ...], count: int, seed: int) -> list[Any]:
     """The rows that the page shows: those asked for by their index in the file, else `count` of them by lot."""
-    by_index: dict[int, list[Row]] = {}
+    by_index: dict[int, list[Any]] = {}
     for row in found.rows:  # an entry of the file may be several records, of its regions and questions
         by_index.setdefault(row.record.row, []).append(row)
     broken = [row for row in wanted if row not in by_index]
@@ -128,14 +129,14 @@ def _buckets(found: Survey, experiment: Experiment) -> list[dict[str, Any]]:
     return lines
 
 
-def _preparation(visual: VisualConfig) -> str:
+def preparation(visual: VisualConfig) -> str:
     prepare = visual.prepare
     window = f", {view_input.numbers(prepare.window, ' to ')} HU" if prepare.preset == "hu_window" else ""
     changed = "" if prepare.augment == "none" else f"; training changes it at random ({prepare.augment})"
     return f"{prepare.preset}{window}, {view_input.numbers(visual.volume)} voxels{changed}"
 
 
-def _listed(problems: list[Problem]) -> dict[str, Any]:
+def listed(problems: list[Problem]) -> dict[str, Any]:
     return {"count": len(problems), "lines": [str(p) for p in problems[:LISTED]], "more": max(len(problems) - LISTED, 0)}
 
 
@@ -161,7 +162,7 @@ def write_page(
     ]
     folder, kind = input_folder(data, experiment.visual), experiment.visual.kind
     if kind == "volumes":
-        facts.append(("Preparation", _preparation(experiment.visual)))
+        facts.append(("Preparation", preparation(experiment.visual)))
     if folder:
         names = {"embeddings": "Token files", "images": "Images", "volumes": "Volumes"}
         facts.append((names[FOLDERS[kind]], folder))
@@ -183,9 +184,9 @@ def write_page(
         supervised=round(float(np.median([row.supervised for row in usable]))) if usable else 0,
         length=round(float(np.median([row.length for row in usable]))) if usable else 0,
         buckets=_buckets(found, experiment),
-        refused=_listed(found.refused),
-        voided=_listed(found.voided),
-        values=None if values is None else _listed(values),
+        refused=listed(found.refused),
+        voided=listed(found.voided),
+        values=None if values is None else listed(values),
         conversation=data.template,
         hu_range=experiment.encode.hu_range,
     )

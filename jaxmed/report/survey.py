@@ -19,6 +19,7 @@ from jaxmed.data.records import Record, load_records, where
 from jaxmed.data.sizes import Progress, TextSize
 from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.errors import Problem, UserError
+from jaxmed.report.survey_pairs import PairSurvey
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,10 @@ def _row(record: Record, text: TextSize, files: dict[str, ImageFile], experiment
 
 
 def check_values(
-    found: Survey, experiment: Experiment, read_volume: Callable[[str], str] | None, progress: Progress | None = None
+    found: Survey | PairSurvey,
+    experiment: Experiment,
+    read_volume: Callable[[str], str] | None,
+    progress: Progress | None = None,
 ) -> list[Problem]:
     """Reads the file of every image, and its volume through `read_volume(image)` (which returns "" or a fault)."""
     visual = experiment.visual
