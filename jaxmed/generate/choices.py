@@ -55,7 +55,8 @@ def continuations(
     template: str,
     given: TextOptions,
 ) -> tuple[np.ndarray, ...]:
-    """int32 ids of each text as the answer to come, as training tokenises it behind its prompt; its end token is no part.
+    """int32 ids of each text as the answer to come, as training tokenises it behind its prompt, without its end token; with it
+    where one text begins another, which could never be likelier than its beginning.
 
     `turns`: the conversation so far, `prompt`: its ids. UserError where two texts are the same ids, or one has none.
     """
@@ -66,6 +67,10 @@ def continuations(
         same = [texts[m] for m in range(n) if np.array_equal(found[m], ids)]
         if same:
             raise UserError(f"the options {same[0]!r} and {texts[n]!r} are the same tokens; take another --likelihood")
+    if any(a is not b and np.array_equal(a, b[: len(a)]) for a in found for b in found):
+        closing = find_template(template).end
+        end = tokenizer.encode(closing, False) if closing else list(tokenizer.eos_ids[:1])
+        found = [np.append(ids, end).astype(np.int32) for ids in found]
     return tuple(found)
 
 

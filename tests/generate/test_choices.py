@@ -54,6 +54,19 @@ def test_templates_with_headers(template):
         assert not set(ids.tolist()) & set(llama.eos_ids)
 
 
+def test_an_option_that_begins_another_ends_with_its_end_token(tokenizer):
+    """Alone, a beginning is always as likely as what goes on from it, or likelier."""
+    llama = Tokenizer.from_folder(str(GOLDEN / "btb3d" / "base"))
+    given, texts = TextOptions(places=5), ["left lung", "spleen", "left lung and spleen"]
+    for tok, template, end in ((tokenizer, "m3d", tokenizer.eos_ids[0]), (llama, "llama3", llama.token_id("<|eot_id|>"))):
+        more, turns = given if template == "m3d" else TextOptions(), [("human", "<image> Which?")]
+        prompt = encode_prompt_example([*turns, ("gpt", None)], tok, template, more)
+        found = continuations(turns, texts, prompt.ids, tok, template, more)
+        plain = [continuations(turns, [text], prompt.ids, tok, template, more)[0] for text in texts]
+        for ids, alone in zip(found, plain, strict=True):
+            assert ids.tolist() == [*alone, end] and ids.dtype == np.int32
+
+
 def test_options_that_are_the_same_tokens_are_refused(tokenizer):
     given, turns = TextOptions(places=5), [("human", "<image> Which?")]
     prompt = encode_prompt_example([*turns, ("gpt", None)], tokenizer, "m3d", given)
