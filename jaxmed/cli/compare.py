@@ -9,7 +9,7 @@ import rich
 import rich.markup
 
 from jaxmed.cli import scoring
-from jaxmed.cli.evaluate import Args, read_records, score_table, skipped_notices, write_skipped
+from jaxmed.cli.evaluate import Args, counted, read_records, score_table, skipped_notices, write_skipped
 from jaxmed.data.records import Record
 from jaxmed.errors import Problem, UserError
 from jaxmed.evaluate import compare as comparing
@@ -67,6 +67,7 @@ def _score(
         parts = parting.parts(own, scores.statistics, judged, rule, args.resamples, args.seed)
         runs.append(Run(name, path, own, scores, parts))
     judging.finish()
+    notices += scored.few_notice(runs[0].scores.units)
     notices += skipped_notices(problems[:unusable], problems[unusable:], out)
     return runs, notices
 
@@ -99,7 +100,7 @@ def _write_csv(path: Path, runs: Sequence[Run]) -> None:
 def _print(runs: Sequence[Run], found: Sequence[Comparison], notices: list[str], out: Path) -> None:
     first = runs[0]
     for one in found:
-        title = rich.markup.escape(f"B {one.run.name} against A {first.name}, {first.scores.units:,} studies")
+        title = rich.markup.escape(f"B {one.run.name} against A {first.name}, {counted(first.scores.units)}")
         table = score_table(title, "score", "A", "B", "B − A", "95% interval", "p", "won/even/lost")
         for name in comparison.shown(first, one):
             difference = one.all[name]

@@ -119,6 +119,7 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
     judging.finish()
     notices += skipped_notices(problems, unjudged, out)
     scores = scored.score(studies, control, kind, args.resamples, args.seed, scorers)
+    notices += scored.few_notice(scores.units)
     parts = parting.parts(studies, scores.statistics, judged, rule, args.resamples, args.seed)
     choice_control = parting.control_of(studies, parts, control, args.resamples, args.seed) if control else None
     beside = evaluation.Beside(parts, choice_control, encoder, args.resamples)
@@ -170,6 +171,10 @@ def _print(scores: scored.Scores, beside: evaluation.Beside, notices: list[str],
     rich.print(f"Wrote {rich.markup.escape(str(out))}/scores.json, scores.csv and report.html")
 
 
+def counted(studies: int) -> str:
+    return f"{studies:,} stud{'y' if studies == 1 else 'ies'}"
+
+
 def score_table(title: str, *columns: str) -> Table:
     """Names on the left, figures on the right."""
     table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -182,7 +187,7 @@ def _print_texts(scores: scored.Scores) -> None:
     control = scores.control
     more = ("wrong\nimages", "drop", "95% interval") if control else ()
     table = score_table(
-        f"{scores.units:,} stud{'y' if scores.units == 1 else 'ies'}",
+        counted(scores.units),
         "score",
         "corpus",
         "95% interval",

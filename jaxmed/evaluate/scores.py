@@ -25,6 +25,8 @@ from jaxmed.evaluate import text
 from jaxmed.evaluate.studies import Study
 
 RESAMPLES = 1000
+FEW = 10
+"""Studies below which their resamples say too little of how others would do: intervals come out too narrow"""
 CHUNK = 50
 """Resamples whose draws exist at once: 50 of 50,000 studies are 20 MB."""
 TOGETHER = 512
@@ -119,6 +121,12 @@ def draws(studies: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     for start in range(0, resamples, CHUNK):
         picks = random.integers(0, studies, (min(CHUNK, resamples - start), studies))
         yield np.stack([np.bincount(row, minlength=studies) for row in picks])
+
+
+def few_notice(units: int) -> list[str]:
+    """What a person should know of intervals from few studies."""
+    counted = f"{units} {'study is' if units == 1 else 'studies are'}"
+    return [f"{counted} too few for intervals: those given here are too narrow"] if units < FEW else []
 
 
 def units(studies: Sequence[Study]) -> np.ndarray:

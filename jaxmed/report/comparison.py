@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxmed.evaluate.compare import LOWER_IS_BETTER, Comparison, Difference, Differences, Run, most_different, per_study
 from jaxmed.evaluate.parts import ACCURACY
+from jaxmed.evaluate.scores import FEW
 from jaxmed.report import evaluation_studies, page
 from jaxmed.report.difference import Run as Piece
 from jaxmed.report.difference import differences
@@ -34,18 +35,20 @@ def shown(first: Run, one: Comparison) -> list[str]:
 
 def verdicts(runs: Sequence[Run], found: Sequence[Comparison]) -> list[Verdict]:
     """A plain sentence a comparison."""
-    name = headlines(runs)[0]
-    return [_verdict(runs[0].name, one.run.name, one.all[name], LABELS[name]) for one in found]
+    name, units = headlines(runs)[0], runs[0].scores.units
+    return [_verdict(runs[0].name, one.run.name, one.all[name], LABELS[name], units) for one in found]
 
 
-def _verdict(first: str, run: str, one: Difference, label: str) -> Verdict:
+def _verdict(first: str, run: str, one: Difference, label: str, units: int) -> Verdict:
     low, high = one.interval
-    clear = low > 0 or high < 0
+    few = units < FEW
+    clear = (low > 0 or high < 0) and not few
     text = (
         f"{label} differs by {page.signed(one.value)}, 95% interval {page.signed(low)} to {page.signed(high)}, "
-        f"p {p_value(one.p)}; {run} is better in {one.wins:,} records, worse in {one.losses:,}, even in {one.ties:,}. "
+        f"p {p_value(one.p)}; of the records {run} is better in {one.wins:,}, worse in {one.losses:,}, even in {one.ties:,}. "
     )
-    text += f"On the whole {run if one.value > 0 else first} is better." if clear else "The difference is not clear of zero."
+    unclear = "That few studies decide nothing." if few else "The difference is not clear of zero."
+    text += f"On the whole {run if one.value > 0 else first} is better." if clear else unclear
     return Verdict("good" if clear else "warn", f"{run} against {first}.", text)
 
 

@@ -9,6 +9,7 @@ from jaxmed.errors import UserError
 from jaxmed.evaluate import compare, parts, scores, text
 from jaxmed.evaluate.judging import Judged
 from jaxmed.evaluate.studies import Study
+from jaxmed.report import comparison
 
 REGIONS = ("chest", "abdomen", "pelvis")
 WORDS = ["no", "small", "nodule", "effusion", "right", "left", "lobe", "heart", "liver", "cyst", "normal", "."]
@@ -86,6 +87,8 @@ def test_difference_interval_and_p():
     totals = np.concatenate(list(scores.weights(units, 200, 0)))
     differences = totals @ (per_study[1] - per_study[0]) / totals.sum(1)
     np.testing.assert_allclose(found.interval, np.percentile(differences, [2.5, 97.5]))
+    text = comparison.verdicts([first, run("b", better)], [compare.compare(first, run("b", better))])[0].text
+    assert text.endswith("On the whole b is better.") and scores.few_notice(40) == []
     nothing = compare.compare(first, run("c", same))
     assert nothing.all["bleu_4"].interval == (0, 0) and nothing.all["bleu_4"].p == 1 and nothing.all["bleu_4"].ties == 100
     turned = compare.compare(run("b", better), first).all["rouge_l"]
