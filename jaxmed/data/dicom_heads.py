@@ -11,6 +11,7 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels import get_decoder
+from pydicom.uid import UID
 
 from jaxmed.errors import UserError
 
@@ -35,6 +36,8 @@ TAGS = [
     "RescaleSlope",
     "RescaleIntercept",
 ]
+SHOWN = 3
+"""File names that a notice lists"""
 # What pydicom and its decoders raise for files that are damaged.
 DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError)
 DAMAGE += (NotImplementedError, MemoryError, struct.error)
@@ -90,24 +93,26 @@ def series_slices(folder: str, series: str) -> tuple[list[Slice], list[str]]:
         paths = sorted(entry.path for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); check the folder of the volumes") from None
-    heads = [head for head in map(_dataset, paths) if head is not None]
-    others = len(paths) - len(heads)
-    images = [head for head in heads if "Rows" in head]
+    heads = {path: _dataset(path) for path in paths}
+    images = [head for head in heads.values() if head is not None and "Rows" in head]
     if not images:
         raise UserError(
             f"{folder}: no DICOM image among its {len(paths)} files; give the folder that holds the slices themselves"
         )
-    chosen = _chosen(folder, images, series)
-    slices = [_slice(head) for head in chosen]
     notices = []
-    if others := others + len(heads) - len(images):
-        notices.append(f"{others} file(s) that are no DICOM image are left out")
-    if scouts := [one for one in slices if one.localizer]:
+    slices = [_slice(head) for head in _chosen(folder, images, series, notices)]
+    if others := [os.path.basename(path) for path, head in heads.items() if head is None or "Rows" not in head]:
+        notices.append(f"{len(others)} file(s) that are no DICOM image are left out ({_some(others)})")
+    if scouts := [one.name for one in slices if one.localizer]:
         slices = [one for one in slices if not one.localizer]
-        notices.append(f"{len(scouts)} localizer image(s) left out ({scouts[0].name})")
+        notices.append(f"{len(scouts)} localizer image(s) left out ({_some(scouts)})")
     if not slices:
         raise UserError(f"{folder}: the series holds localizer images alone; give the folder of the volume")
     return slices, notices
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def pixels(one: Slice) -> np.ndarray:
@@ -135,19 +140,29 @@ def _dataset(path: str) -> Dataset | None:
                 return None
             head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
         known = "SeriesInstanceUID" in head
+        image = getattr(head, "file_meta", {}).get("MediaStorageSOPClassUID", UID("")).keyword.endswith("ImageStorage")
     except DAMAGE as error:
         raise UserError(f"{path}: not a readable DICOM file ({_brief(error)}); copy it again") from None
     if expected and not known and not getattr(head, "file_meta", None):
         raise UserError(f"{path}: not a readable DICOM file; copy it again, or take it out of the folder")
+    if image and not (known and "Rows" in head):
+        what = "Rows" if known else "SeriesInstanceUID"
+        raise UserError(f"{path}: is an image and has no {what}; copy it again, or take it out of the folder")
     return head if known else None
 
 
-def _chosen(folder: str, heads: Sequence[Dataset], series: str) -> list[Dataset]:
+def _chosen(folder: str, heads: Sequence[Dataset], series: str, notices: list[str]) -> list[Dataset]:
+    """Those of one series. Others that cannot be a volume (a scout, a dose report) are no reason to ask which."""
     groups: dict[str, list[Dataset]] = {}
     for head in heads:
         groups.setdefault(str(head.SeriesInstanceUID), []).append(head)
     if len(groups) == 1 and not series:
         return list(heads)
+    volumes = [uid for uid, group in groups.items() if any(map(_of_a_volume, group))]
+    if len(volumes) == 1 and not series:
+        left = [f"{_label(group[0])} with {len(group)} image(s)" for uid, group in groups.items() if uid != volumes[0]]
+        notices.append(f"series that are no volume left out: {_some(left)}")
+        return groups[volumes[0]]
     names = {uid: {uid, _text(group[0], "SeriesNumber"), _text(group[0], "SeriesDescription")} for uid, group in groups.items()}
     wanted = [uid for uid in groups if series and series in names[uid]]
     if len(wanted) == 1:
@@ -160,6 +175,16 @@ def _chosen(folder: str, heads: Sequence[Dataset], series: str) -> list[Dataset]
         )
     what = "no series" if not wanted else f"{len(wanted)} series"
     raise UserError(f"{folder}: {what} with the UID, number or description {series!r} (visual.prepare.series); holds {listed}")
+
+
+def _of_a_volume(head: Dataset) -> bool:
+    frames = _text(head, "NumberOfFrames") not in ("", "1")
+    placed = all(head.get(name) for name in ("ImagePositionPatient", "ImageOrientationPatient"))
+    return frames or (placed and not _is_localizer(head))
+
+
+def _is_localizer(head: Dataset) -> bool:
+    return "LOCALIZER" in [str(part).upper() for part in head.get("ImageType", None) or ()]
 
 
 def _label(head: Dataset) -> str:
@@ -202,7 +227,7 @@ def _slice(head: Dataset) -> Slice:
         _label(head),
         _text(head, "SeriesNumber"),
         int(_numbers(path, head, "InstanceNumber", 1, 0.0)[0]),
-        "LOCALIZER" in [str(part).upper() for part in head.get("ImageType", None) or ()],
+        _is_localizer(head),
         (rows, columns),
         np.array(_numbers(path, head, "ImagePositionPatient", 3)),
         directions[0] / lengths[0],
@@ -220,7 +245,11 @@ def _slice(head: Dataset) -> Slice:
 def _check_syntax(path: str, head: Dataset) -> None:
     """A compressed file whose decoder is not installed is refused with the name of the package."""
     syntax = getattr(getattr(head, "file_meta", None), "TransferSyntaxUID", None)
-    if syntax is None or not syntax.is_transfer_syntax or not syntax.is_encapsulated:
+    if syntax is None:
+        return
+    if not syntax.is_transfer_syntax:
+        raise UserError(f"{path}: its transfer syntax {syntax} is not known; convert it with dcm2niix")
+    if not syntax.is_encapsulated:
         return
     try:
         available = get_decoder(syntax).is_available
@@ -237,7 +266,9 @@ def _numbers(path: str, head: Dataset, name: str, count: int, default: float | N
         value = head.get(name, None)
         if value is None or value == "":
             if default is None:
-                raise UserError(f"{path}: has no {name}; a slice without it has no place in a volume, export it again")
+                raise UserError(
+                    f"{path}: has no {name}; a slice without it has no place in a volume; export it again, or take it out"
+                )
             return [default] * count
         found = [float(v) for v in (value if count > 1 else [value])]
     except (ValueError, TypeError, OverflowError):

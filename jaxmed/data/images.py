@@ -57,8 +57,10 @@ def _resized_size(size: tuple[int, int], config: PixelConfig, name: str) -> tupl
 
 
 def load_grey(path: str) -> np.ndarray:
-    """[H, W] uint8: an image file in grey, colours weighted as Pillow weights them."""
-    return np.asarray(_decoded(path).convert("L"))
+    """[H, W]: an image file in grey, uint16 where it holds grey of more than 8 bits, else uint8, colours weighted as Pillow
+    weights them."""
+    image = _decoded(path, deep=True)
+    return np.asarray(image, np.uint16) if image.mode in DEEP_MODES else np.asarray(image.convert("L"))
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -96,24 +98,31 @@ def _open(path: str) -> Image.Image:
     return image
 
 
-def _decoded(path: str) -> Image.Image:
-    """Every pixel must be there: upstream fills what a cut file lacks with grey and trains on it."""
+def _decoded(path: str, deep: bool = False) -> Image.Image:
+    """Every pixel must be there: upstream fills what a cut file lacks with grey and trains on it. `deep`: more than 8 bits of
+    grey stay."""
     with _open(path) as image:
         try:
             image.load()
         except DAMAGE as error:
             what = "is cut short" if "truncated" in str(error) else f"is damaged ({error})"
             raise UserError(f"{path}: the image {what}; copy the file again") from None
-        return _eight_bits(image, path) if image.mode in (*DEEP_MODES, "F") else image.copy()
+        if image.mode not in (*DEEP_MODES, "F"):
+            return image.copy()
+        _check_levels(image, path)
+        return image.copy() if deep else _eight_bits(image)
 
 
-def _eight_bits(image: Image.Image, path: str) -> Image.Image:
+def _check_levels(image: Image.Image, path: str) -> None:
     values = np.asarray(image)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
         raise UserError(
             f"{path}: holds {values.dtype} from {values.min()} to {values.max()}; save it with 8 or 16 bits a pixel"
         )
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -38,6 +38,8 @@ FOLDERS = {"embeddings": "embeddings", "codes": "embeddings", "pixels": "images"
 """Kind -> the field of the data config that names the folder of its files"""
 NOTICES = 50
 """About volumes that a process gives at most"""
+SLACK = 0.5
+"""By which prepared values may leave 0 to 1, as those that were varied and kept do"""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,11 @@ def read_prepared(path: str, visual: VisualConfig) -> Prepared:
         unknown = Frame(
             "prepared", "", "", (0.0, 0.0, 0.0), visual.volume, tuple((0, n) for n in visual.volume), (0.0, 1.0), ""
         )
-        return Prepared(_read_volume(path, visual), (), unknown)
+        values = _read_volume(path, visual)
+        notices = _doubts(values)
+        for notice in notices:
+            _NOTICES.tell(f"{path}: {notice}")
+        return Prepared(values, notices, unknown)
     return prepared(path, visual, _NOTICES.tell)
 
 
@@ -188,6 +194,16 @@ def _check_volume(name: str, shape: tuple[int, ...], dtype: np.dtype, visual: Vi
         raise UserError(f"{name}: shape {shape}; the model reads {(1, *visual.volume)} or {tuple(visual.volume)}")
     if dtype.kind != "f":
         raise UserError(f"{name}: values of type {dtype}; a prepared volume holds floating-point numbers")
+
+
+def _doubts(values: np.ndarray) -> tuple[str, ...]:
+    """What makes it doubtful that somebody prepared a volume."""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return (f"every value is {low:g}, there is nothing to see in it",)
+    if low < -SLACK or high > 1 + SLACK:
+        return (f"values from {low:.3g} to {high:.3g}, where prepared volumes go from 0 to 1; give the CT itself",)
+    return ()
 
 
 def _read_volume(path: str, visual: VisualConfig) -> np.ndarray:

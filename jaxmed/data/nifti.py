@@ -3,6 +3,8 @@
 Arrays are [X, Y, Z], the file's axes 0, 1, 2. A file of four axes holds several volumes; one is taken by its index alone.
 """
 
+import gzip
+import logging
 import math
 import os
 import zlib
@@ -10,8 +12,12 @@ from dataclasses import dataclass
 
 import nibabel
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
 
 from jaxmed.errors import UserError
+
+# nibabel logs each fault of a header that it mends; those that matter are told here, with the file's name.
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
 # What nibabel, gzip and numpy raise for files that are damaged or something else.
 UNREADABLE = (
@@ -26,6 +32,8 @@ UNREADABLE = (
     zlib.error,
 )
 ENDINGS = (".nii.gz", ".nii")
+GZIP_MAGIC, NIFTI_MAGIC = b"\x1f\x8b", (b"n+1\0", b"n+2\0")
+PIECE = 2**20
 WHOLE = -1
 """The index that stands for: the file is one volume"""
 Triple = tuple[float, float, float]
@@ -65,11 +73,9 @@ def read_stored(path: str, index: int = WHOLE) -> Stored:
     image = open_nifti(path)
     header = header_of(path, image, index)
     try:
-        values = image.dataobj.get_unscaled()
+        values = _unscaled(path, image, index).reshape(header.shape)
     except UNREADABLE as error:
         raise UserError(f"{path}: its voxels cannot be read ({_brief(error)}); copy or download the file again") from None
-    values = values[..., index] if index != WHOLE and _volumes(image.shape) else values
-    values = values.reshape(header.shape)
     # One pass: a sum is finite only if every entry is.
     if values.dtype.kind == "f" and not np.isfinite(values.sum(dtype=np.float64)):
         bad = int(values.size - np.isfinite(values).sum())
@@ -79,22 +85,61 @@ def read_stored(path: str, index: int = WHOLE) -> Stored:
     return Stored(header, values, np.asarray(image.affine, np.float64), oriented)
 
 
+def _unscaled(path: str, image: nibabel.Nifti1Image, index: int) -> np.ndarray:
+    """The numbers as stored: of the whole file, or of one of its volumes without reading those behind it.
+
+    gzip knows of damage only at the end of a file, where its checksum stands, and behind the voxels nobody reads on.
+    """
+    spec = (image.shape, image.get_data_dtype(), image.dataobj.offset, 1.0, 0.0)
+    part = (..., index) if index != WHOLE and _volumes(image.shape) else ...
+    if not compressed(path):
+        return np.asarray(ArrayProxy(path, spec)[part])
+    with gzip.open(path) as file:
+        values = np.asarray(ArrayProxy(file, spec)[part])
+        while file.read(PIECE):
+            pass
+    return values
+
+
+def compressed(path: str) -> bool:
+    """As its name says."""
+    return path.lower().endswith(".gz")
+
+
 def open_nifti(path: str) -> nibabel.Nifti1Image:
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; check the folder of the volumes")
     try:
         image = nibabel.load(path)
     except UNREADABLE as error:
-        raise UserError(f"{path}: not a readable NIfTI file ({_brief(error)}); copy or download it again") from None
+        what = _misnamed(path) or f"not a readable NIfTI file ({_brief(error)}); copy or download it again"
+        raise UserError(f"{path}: {what}") from None
     if not isinstance(image, nibabel.Nifti1Image):
         raise UserError(f"{path}: a {type(image).__name__}, not NIfTI; convert it first (DICOM: with dcm2niix)")
     return image
+
+
+def _misnamed(path: str) -> str:
+    """What is wrong with a whole file whose name says that it is compressed, or is not; "" if it is another fault."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(348)
+    except OSError:
+        return ""
+    if head.startswith(GZIP_MAGIC) and not compressed(path):
+        return "is compressed, which its name does not say; rename it to end in .nii.gz"
+    if compressed(path) and (head[344:348] in NIFTI_MAGIC or head[4:8] in NIFTI_MAGIC):
+        return "is not compressed, as its name says; rename it to end in .nii"
+    return ""
 
 
 def header_of(path: str, image: nibabel.Nifti1Image, index: int = WHOLE) -> Header:
     shape = _volume_shape(path, image.shape, index)
     if image.get_data_dtype().kind not in "iuf":
         raise UserError(f"{path}: voxels of type {image.get_data_dtype()}; a CT volume holds one number a voxel")
+    missing = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize - os.path.getsize(path)
+    if missing > 0 and not compressed(path):
+        raise UserError(f"{path}: is cut short by {missing:,} bytes; copy or download the file again")
     zooms = _voxel_size(path, image)
     if not all(math.isfinite(z) and z > 0 for z in zooms):
         raise UserError(f"{path}: voxel size {zooms} in the header; every side must be above 0, mend the header")

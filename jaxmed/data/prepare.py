@@ -34,6 +34,8 @@ from jaxmed.errors import UserError
 PADDING_HU = -1024.0
 """No tissue is darker; smaller numbers fill what a scanner did not see"""
 PADDING_SHARE = 0.001
+LARGEST = 1e30
+"""No unit of a CT reaches it, and float32 would overflow at differences of larger numbers"""
 SLICES_PRESET = "m3d"
 Planes = Callable[[int], np.ndarray]
 Interval = tuple[float, float]
@@ -100,7 +102,10 @@ def prepare(path: str | os.PathLike, visual: VisualConfig) -> Prepared:
         """Slice k in the units of the file's scaling, [rows, columns] float32"""
         return (voxels[k] * slope + intercept).astype(np.float32)
 
-    low, high = _interval(preset, config, voxels, scale, notices)
+    ends = _ends(path, voxels, scale)
+    low, high = _interval(preset, config, plane, len(voxels), ends)
+    if preset in ("m3d", "amos_challenge") and low < PADDING_HU:
+        _say_padding(voxels, scale, preset, notices)
     box = _foreground(plane, voxels.shape, low) if recipe.crop else tuple((0, n) for n in voxels.shape)
     if not high > low or box is None:
         limits = f" between {config.window[0]:g} and {config.window[1]:g} HU" if preset == "hu_window" else ""
@@ -150,23 +155,30 @@ def _scaling(raw: RawVolume, preset: str, config: PrepareConfig) -> tuple[Interv
     return (reading.slope, reading.intercept), reading.chosen
 
 
-def _interval(preset: str, config: PrepareConfig, voxels: np.ndarray, scale: Interval, notices: list[str]) -> Interval:
-    """The numbers that become 0 and 1, after scaling."""
+def _ends(path: str, voxels: np.ndarray, scale: Interval) -> Interval:
+    """The smallest and the largest number after scaling, as `plane` computes them, so that the smallest is no voxel of the
+    foreground by a rounding."""
     slope, intercept = scale
-    if preset in ("m3d_seg", "m3d_refseg"):
-        values = (voxels * slope + intercept).astype(np.float32)
-        if preset == "m3d_refseg":
-            return tuple(np.percentile(values, (0.5, 99.5)).astype(np.float32))
-        bright = values[values > values.mean()]
-        bounds = np.percentile(bright if bright.size else values, (0.05, 99.95))
-        return _clipped((values.min(), values.max()), tuple(bounds))
-    # as `plane` computes them, so that the smallest is no voxel of the foreground by a rounding
-    low, high = np.sort((np.array([voxels.min(), voxels.max()], voxels.dtype) * slope + intercept).astype(np.float32))
+    with np.errstate(over="ignore"):
+        low, high = np.sort(np.array([voxels.min(), voxels.max()], voxels.dtype) * slope + intercept)
+    if not max(abs(low), abs(high)) < LARGEST:
+        raise UserError(
+            f"{path}: scaled voxels from {low:.3g} to {high:.3g} are no CT; check them and the scaling in the header"
+        )
+    return np.float32(low), np.float32(high)
+
+
+def _interval(preset: str, config: PrepareConfig, plane: Planes, depth: int, ends: Interval) -> Interval:
+    """The numbers that become 0 and 1, after scaling."""
     if preset == "hu_window":
-        return _clipped((low, high), config.window)
-    if low < PADDING_HU:
-        _say_padding(voxels, scale, preset, notices)
-    return low, high
+        return _clipped(ends, config.window)
+    if preset not in ("m3d_seg", "m3d_refseg"):
+        return ends
+    values = np.stack([plane(k) for k in range(depth)])
+    if preset == "m3d_refseg":
+        return tuple(np.percentile(values, (0.5, 99.5)).astype(np.float32))
+    bright = values[values > values.mean()]
+    return _clipped(ends, tuple(np.percentile(bright if bright.size else values, (0.05, 99.95))))
 
 
 def _clipped(ends: Interval, bounds: Interval) -> Interval:

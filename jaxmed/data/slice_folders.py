@@ -1,4 +1,5 @@
-"""A folder of PNG or JPEG slices as one grey volume, as M3D-Cap's studies come: [Z, Y, X] uint8, rows and columns as displayed.
+"""A folder of PNG or JPEG slices as one grey volume, as M3D-Cap's studies come: [Z, Y, X] uint8 (uint16 where the files have 16
+bits), rows and columns as displayed.
 
 Slices stand in the order of their whole-number names (2.png before 10.png); those of another size than most are dropped, and
 colours become grey, as upstream's preparation does it. Nothing in such files says orientation, spacing or Hounsfield units.
@@ -30,13 +31,21 @@ def read_folder(folder: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """The volume, and what should be said of it."""
     paths, notices = _kept(folder)
     first = load_grey(paths[0])
-    volume = np.empty((len(paths), *first.shape), np.uint8)
+    volume = np.empty((len(paths), *first.shape), first.dtype)
     for number, path in enumerate(paths):
         plane = load_grey(path) if number else first
+        if plane.dtype != first.dtype:
+            raise UserError(
+                f"{path}: {_bits(plane)} bits a pixel, {os.path.basename(paths[0])} has {_bits(first)}; save all alike"
+            )
         if plane.shape != first.shape:
             raise UserError(f"{path}: {plane.shape} pixels, its header said {first.shape}; copy the file again")
         volume[number] = plane
     return volume, tuple(notices)
+
+
+def _bits(plane: np.ndarray) -> int:
+    return 8 * plane.dtype.itemsize
 
 
 def _kept(folder: str) -> tuple[list[str], list[str]]:
@@ -53,8 +62,9 @@ def _kept(folder: str) -> tuple[list[str], list[str]]:
     if len(kept) < 2:
         raise UserError(f"{folder}: a volume of one slice; at least two are needed")
     steps = np.diff([number for number, _ in numbered])
-    if holes := int((steps > steps.min()).sum()):
-        notices.append(f"{holes} hole(s) in the numbers of the slices (the first after {numbered[int(np.argmax(steps))][1]})")
+    holes = np.flatnonzero(steps > steps.min())
+    if len(holes):
+        notices.append(f"{len(holes)} hole(s) in the numbers of the slices (the first after {numbered[holes[0]][1]})")
     return kept, notices
 
 

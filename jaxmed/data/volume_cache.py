@@ -13,8 +13,8 @@ import hashlib
 import json
 import math
 import os
-import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -30,11 +30,19 @@ from jaxmed.data.prepare import Frame, Prepared, metadata_row, prepare
 from jaxmed.data.volume_sources import kind_of, stamp
 from jaxmed.errors import BadRecords, Problem, UserError
 
-VERSION = "1"
+VERSION = "2"
 """Raise it whenever `prepare` comes to give other values for the same file and config"""
 NOT_IN_KEY = ("cache", "augment", "metadata")
 """Fields that change no prepared value; of the metadata the volume's own row counts"""
 LONGEST_NAME = 80
+SHOWN = 20
+"""Different notices of a filling that its log has"""
+STALE = 24 * 3600
+"""Seconds after which an unfinished file is nobody's any more"""
+
+
+class Unwritable(UserError):
+    """The cache's folder takes no more: the fault of no volume."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,9 @@ class Filled:
     def lines(self) -> list[str]:
         """For the log."""
         done = f"volumes: {self.written} prepared in {self.seconds:.0f} s, {self.present} were prepared already"
-        more = [f"volumes: {count} x {notice}" for notice, count in self.notices.items()]
+        more = [f"volumes: {count} x {notice}" for notice, count in Counter(self.notices).most_common(SHOWN)]
+        if len(self.notices) > SHOWN:
+            more.append(f"volumes: {len(self.notices) - SHOWN} other notices, kept in the .json files of the cache")
         return [done, *more, *(f"volumes: left out {problem}" for problem in self.problems)]
 
 
@@ -71,15 +81,20 @@ def place_of(path: str, visual: VisualConfig) -> str:
 
 def prepared(path: str, visual: VisualConfig, tell: Callable[[str], None] | None = None) -> Prepared:
     """From the cache where the volume is there; else it is prepared, and kept if there is a cache. `tell` hears what should be
-    said of a volume that was prepared now."""
+    said of a volume that was prepared now, and that it cannot be kept; without it that is an error (Unwritable)."""
     place = place_of(path, visual) if visual.prepare.cache else ""
     if place and (found := _read(place, visual)) is not None:
         return found
     found = prepare(path, visual)
     for notice in found.notices if tell else ():
         tell(f"{path}: {notice}")
-    if place:
-        _write(place, found)
+    try:
+        if place:
+            _write(place, found)
+    except Unwritable as error:
+        if not tell:
+            raise
+        tell(f"{error}; going on without it")
     return found
 
 
@@ -92,10 +107,11 @@ def fill_cache(
 ) -> Filled:
     """Prepares every volume that the cache lacks, in several processes (0: one a core), each one volume at a time. Prepared
     .npy files need none. `progress`: a bar on stderr. A volume that cannot be prepared stops the filling (BadRecords) or is
-    left out; what was prepared until then stays."""
+    left out; a folder that takes no more always stops it. What was prepared until then stays."""
     if not visual.prepare.cache:
         raise UserError("no folder for prepared volumes; set visual.prepare.cache")
     started = time.monotonic()
+    _clear_away(visual.prepare.cache)
     unique, missing, problems = sorted(set(paths)), [], []
     for path in unique:
         try:
@@ -122,6 +138,8 @@ def fill_cache(
 def _fill_one(path: str, visual: VisualConfig) -> tuple[str, ...] | Problem:
     try:
         return prepared(path, visual).notices
+    except Unwritable:
+        raise
     except UserError as error:
         return _problem(path, error)
 
@@ -159,20 +177,31 @@ def _tuples(value: object) -> object:
 
 def _write(place: str, found: Prepared) -> None:
     about = json.dumps({"notices": found.notices, "frame": dataclasses.asdict(found.frame)})
-    unfinished, described = f".{os.getpid()}-{threading.get_ident()}.part", f"{place.removesuffix('.npy')}.json"
+    unfinished, described = f".{uuid.uuid4().hex}.part", f"{place.removesuffix('.npy')}.json"
+    values = np.ascontiguousarray(found.values[..., 0])
     try:
         os.makedirs(os.path.dirname(place), exist_ok=True)
         with open(described + unfinished, "w", encoding="utf-8") as file:
             file.write(about)
         os.replace(described + unfinished, described)
         with open(place + unfinished, "wb") as file:
-            np.save(file, found.values[..., 0])
+            # np.save would not say what the system said of a full disk
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+            file.write(values.data)
         os.replace(place + unfinished, place)
     except OSError as error:
         for partial in (described + unfinished, place + unfinished):
             with contextlib.suppress(OSError):
                 os.unlink(partial)
-        raise UserError(
-            f"{os.path.dirname(place)}: prepared volumes cannot be kept there ({error.strerror}); give another folder as "
-            "visual.prepare.cache, or none"
+        raise Unwritable(
+            f"{os.path.dirname(place)}: prepared volumes cannot be kept there ({error.strerror or error}); free space, or give "
+            "another folder as visual.prepare.cache"
         ) from None
+
+
+def _clear_away(cache: str) -> None:
+    """Removes what killed processes left unfinished."""
+    with contextlib.suppress(OSError), os.scandir(cache) as entries:
+        for entry in entries:
+            if entry.name.endswith(".part") and time.time() - entry.stat().st_mtime > STALE:
+                os.unlink(entry.path)

@@ -49,7 +49,7 @@ def kind_of(path: str) -> Kind:
         raise UserError(f"{path}: no such file; check the folder of the volumes")
     if os.path.isdir(path):
         return _kind_of_folder(path)
-    if path.endswith(nifti.ENDINGS):
+    if path.lower().endswith(nifti.ENDINGS):
         return "nifti"
     if path.lower().endswith(DICOM_ENDINGS):
         raise UserError(f"{path}: one DICOM file is one slice; give the folder of its series")
@@ -65,14 +65,18 @@ def _kind_of_folder(path: str) -> Kind:
         names = sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
     if any(name.lower().endswith(DICOM_ENDINGS) for name in names):
         return "dicom"
+    # pictures may lie beside a series whose files have no ending, never the other way round
+    if any(_is_dicom(os.path.join(path, name)) for name in names if not slice_folders.is_slice(name)):
+        return "dicom"
     if any(map(slice_folders.is_slice, names)):
         return "slices"
-    if any(_is_dicom(os.path.join(path, name)) for name in names):
-        return "dicom"
     raise UserError(f"{path}: a folder without DICOM, PNG or JPEG slices; give the folder that holds the slices themselves")
 
 
 def _is_dicom(path: str) -> bool:
+    """Whether a file without an ending is DICOM; DICOMDIR only lists others."""
+    if os.path.basename(path).upper() == "DICOMDIR":
+        return False
     try:
         with open(path, "rb") as file:
             return file.read(132)[128:] == b"DICM"
@@ -168,7 +172,7 @@ def find_volumes(folder: str) -> list[str]:
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = [name for name in files if not name.startswith(".")]
-        whole = [name for name in files if name.endswith((*nifti.ENDINGS, ".npy"))]
+        whole = [name for name in files if name.lower().endswith(nifti.ENDINGS) or name.endswith(".npy")]
         found += [os.path.join(parent, name) for name in whole]
         slices = any(slice_folders.is_slice(name) or name.lower().endswith(DICOM_ENDINGS) for name in files)
         if slices or (not whole and any(_is_dicom(os.path.join(parent, name)) for name in files)):

@@ -60,7 +60,7 @@ def _on_canvas(old: int, new: int, canvas: int) -> tuple[Taps, slice]:
     """Interpolation of the outputs that the canvas keeps, and where they stand on it: centre crop or centre pad."""
     kept = min(new, canvas)
     start = (canvas - kept) // 2
-    return taps(old, new, max((new - canvas) // 2, 0), kept, align_corners=False), slice(start, start + kept)
+    return taps(old, new, max((new - canvas) // 2, 0), kept, False, np.float64), slice(start, start + kept)
 
 
 def preprocess(volume: Volume, config: EncodeConfig) -> np.ndarray:

@@ -101,8 +101,8 @@ def test_signature_says_how_volumes_were_prepared(tower):
     def signed(**fields):
         return encode_tower.preparation(replace(tower.visual, prepare=replace(tower.visual.prepare, **fields)))
 
-    assert encode_tower.signature(tower) == f"vit3d-{tower.fingerprint} m3d@1 8x24x21"
-    assert signed(preset="hu_window", window=(-160.0, 240.0)) == "hu_window@1 8x24x21 window=-160,240"
+    assert encode_tower.signature(tower) == f"vit3d-{tower.fingerprint} m3d@2 8x24x21"
+    assert signed(preset="hu_window", window=(-160.0, 240.0)) == "hu_window@2 8x24x21 window=-160,240"
     # what makes no difference to a preset, or to any volume, makes none to the signature
     assert signed(window=(-5.0, 5.0), cache="x", augment="intensity") == signed()
 
@@ -153,7 +153,7 @@ def test_the_command(tmp_path, capsys):
     assert "4 volumes encoded" in said.out and "preparation of 4: prepared before" in said.out
     assert f"--visual.kind embeddings --data.embeddings {tmp_path / 't'} --no-train.train-tower" in said.out
     assert "Each volume: 8 x 24 x 21 voxels (m3d) to tokens (1, 36, 4, 6, 7), 0.024 MB as float32" in said.err
-    with pytest.raises(UserError, match=r"was written by vit3d-.* m3d@1.*, this is vit3d-.* hu_window@1"):
+    with pytest.raises(UserError, match=r"was written by vit3d-.* m3d@2.*, this is vit3d-.* hu_window@2"):
         command.run([LAMED, *flags, "--visual.prepare.preset", "hu_window"])
     with pytest.raises(UserError, match="--encoder, --codes belong to BTB3D's encoder"):
         command.run([LAMED, *flags, "--encoder", "x.ckpt", "--codes"])

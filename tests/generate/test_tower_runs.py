@@ -111,5 +111,5 @@ def test_another_tower_or_preparation_is_refused(made) -> None:
     run, _ = made
     with pytest.raises(UserError, match=r"was trained on tokens of vit3d-\w+, this tower is vit3d-\w+"):
         jaxmed.load(run, tower=LAMED, overrides={"model.tower.heads": 4})
-    with pytest.raises(UserError, match="prepared by 'hu_window@1 8x24x21 window=-160,240', these would be by 'm3d@1 8x24x21'"):
+    with pytest.raises(UserError, match="prepared by 'hu_window@2 8x24x21 window=-160,240', these would be by 'm3d@2 8x24x21'"):
         jaxmed.load(run, tower=LAMED, overrides={"visual.prepare.preset": "m3d"})
