@@ -71,8 +71,9 @@ def _median_words(texts: Iterable[tuple[str, ...]]) -> int:
 def _variety(scores: Scores, name: str) -> Verdict:
     times, always, low = scores.commonest[0][1], scores.always_commonest[name], scores.intervals[name][0]
     beaten, collapsed = low > always, times > scores.answers / 2
+    often = "once" if times == 1 else f"{times:,} times"
     text = (
-        f"{scores.distinct:,} distinct answers to {scores.answers:,} questions; the commonest was given {times:,} times "
+        f"{scores.distinct:,} distinct answers to {scores.answers:,} questions; the commonest was given {often} "
         f"({page.share(times / scores.answers)}). Always giving it would score {LABELS[name]} {always:.3f}, "
         f"which these answers {'beat' if beaten else 'do not clearly beat'}."
         f"{' Most answers are one and the same text.' if collapsed else ''}"
