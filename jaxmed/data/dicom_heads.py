@@ -94,14 +94,14 @@ def series_slices(folder: str, series: str) -> tuple[list[Slice], list[str]]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); check the folder of the volumes") from None
     heads = {path: _dataset(path) for path in paths}
-    images = [head for head in heads.values() if head is not None and "Rows" in head]
+    images = [head for head in heads.values() if head is not None and head.get("Rows")]
     if not images:
         raise UserError(
             f"{folder}: no DICOM image among its {len(paths)} files; give the folder that holds the slices themselves"
         )
     notices = []
     slices = [_slice(head) for head in _chosen(folder, images, series, notices)]
-    if others := [os.path.basename(path) for path, head in heads.items() if head is None or "Rows" not in head]:
+    if others := [os.path.basename(path) for path, head in heads.items() if head is None or not head.get("Rows")]:
         notices.append(f"{len(others)} file(s) that are no DICOM image are left out ({_some(others)})")
     if scouts := [one.name for one in slices if one.localizer]:
         slices = [one for one in slices if not one.localizer]
@@ -139,13 +139,13 @@ def _dataset(path: str) -> Dataset | None:
             if not expected:
                 return None
             head = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
-        known = "SeriesInstanceUID" in head
+        known = bool(head.get("SeriesInstanceUID"))
         image = getattr(head, "file_meta", {}).get("MediaStorageSOPClassUID", UID("")).keyword.endswith("ImageStorage")
     except DAMAGE as error:
         raise UserError(f"{path}: not a readable DICOM file ({_brief(error)}); copy it again") from None
     if expected and not known and not getattr(head, "file_meta", None):
         raise UserError(f"{path}: not a readable DICOM file; copy it again, or take it out of the folder")
-    if image and not (known and "Rows" in head):
+    if image and not (known and head.get("Rows")):
         what = "Rows" if known else "SeriesInstanceUID"
         raise UserError(f"{path}: is an image and has no {what}; copy it again, or take it out of the folder")
     return head if known else None

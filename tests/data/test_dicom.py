@@ -1,11 +1,21 @@
 """DICOM series written here: the same array as the NIfTI, whatever the file names; what is mended, what is refused."""
 
 import os
+import shutil
 
 import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import JPEGLosslessSV1, JPEGLSLossless, RLELossless
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    MediaStorageDirectoryStorage,
+    RLELossless,
+    generate_uid,
+)
 from scans import edited, lps_affine, oblique, phantom, save_dicom, save_nifti, turned
 
 from jaxmed.config import PrepareConfig, VisualConfig
@@ -115,6 +125,45 @@ def test_what_a_folder_holds_beside_the_slices(tmp_path):
     assert "1 file(s) that are no DICOM image" in found.notices[0] and "scout.dcm" in found.notices[1]
 
 
+def test_a_scout_and_a_dose_report_are_no_second_series(tmp_path):
+    folder = save_dicom(tmp_path / "d", HU)
+    want = prepare(folder, CONFIG).values
+    for name, number, tags in (
+        ("scout", 1, {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"], "ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}),
+        ("dose", 99, {"ImagePositionPatient": None, "ImageType": ["DERIVED", "SECONDARY"]}),
+    ):
+        path = os.path.join(folder, f"{name}.dcm")
+        shutil.copy(files(folder)[0], path)
+        edited(path, SeriesInstanceUID=generate_uid(), SeriesDescription=name, SeriesNumber=number, **tags)
+    found = prepare(folder, CONFIG)
+    np.testing.assert_array_equal(found.values, want)
+    assert found.notices[0] == (
+        'series that are no volume left out: "dose" (number 99) with 1 image(s), "scout" (number 1) with 1 image(s)'
+    )
+    edited(os.path.join(folder, "dose.dcm"), NumberOfFrames=7)  # that could be a volume
+    refused(folder, "holds 3 series")
+
+
+def test_pictures_and_dicomdir_beside_files_without_endings(tmp_path):
+    folder = save_dicom(tmp_path / "d", HU)
+    want = prepare(folder, CONFIG).values
+    for number, path in enumerate(files(folder)):
+        os.rename(path, os.path.join(folder, f"IM{number:04d}"))
+    for number in (1, 2):
+        Image.fromarray(np.full((4, 5), 9 * number, np.uint8)).save(os.path.join(folder, f"{number}.png"))
+    for place in (folder, str(tmp_path)):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, generate_uid()
+        meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+        path = os.path.join(place, "DICOMDIR")
+        FileDataset(path, {}, file_meta=meta, preamble=b"\0" * 128).save_as(path, enforce_file_format=True)
+    found = prepare(folder, CONFIG)
+    np.testing.assert_array_equal(found.values, want)
+    assert "3 file(s) that are no DICOM image are left out (1.png, 2.png, DICOMDIR)" in found.notices
+    assert find_volumes(str(tmp_path)) == [folder]
+    refused(str(tmp_path), "give the folder that holds the slices themselves")
+
+
 def test_lost_repeated_and_uneven_slices(tmp_path):
     folder = save_dicom(tmp_path / "d", HU)
     want, paths = prepare(folder, CONFIG), files(folder)
@@ -185,6 +234,8 @@ def test_compressed_files(tmp_path):
         ({"ImageOrientationPatient": [0, 1, 0, 1, 0, 0]}, "lie in different directions"),
         ({"ImageOrientationPatient": [0, 1, 0, 1, 1, 0]}, "no two directions at right angles"),
         ({"Rows": 7}, "have .* pixels"),
+        ({"Rows": None}, "is an image and has no Rows"),
+        ({"SeriesInstanceUID": None}, "is an image and has no SeriesInstanceUID"),
     ],
 )
 def test_a_slice_that_does_not_fit(tmp_path, tags, words):

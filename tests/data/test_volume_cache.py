@@ -14,7 +14,7 @@ from jaxmed.data import volume_cache
 from jaxmed.data.inputs import read_input
 from jaxmed.data.prepare import prepare
 from jaxmed.data.volume_cache import fill_cache, place_of, prepared
-from jaxmed.errors import BadRecords, UserError
+from jaxmed.errors import BadRecords, Notice, UserError
 
 HU = phantom()
 
@@ -167,5 +167,28 @@ def test_no_folder_and_one_that_cannot_be_written(tmp_path, scan):
     with pytest.raises(UserError, match=r"set visual\.prepare\.cache"):
         fill_cache([scan], visual(""))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="prepared volumes cannot be kept there"):
-        prepared(scan, visual(tmp_path / "file" / "cache"))
+    config = visual(tmp_path / "file" / "cache")
+    for rule in ("stop", "skip"):  # no volume's fault, so none is left out
+        with pytest.raises(UserError, match="prepared volumes cannot be kept there .*; free space, or give another"):
+            fill_cache([scan], config, 1, False, rule)
+    with pytest.warns(Notice, match="prepared volumes cannot be kept there .*; going on without it"):
+        np.testing.assert_array_equal(read_input(scan, config).values, prepare(scan, config).values)
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path, scan):
+    config = visual(tmp_path / "cache")
+    place = place_of(scan, config)
+    (tmp_path / "cache").mkdir()
+    for name, hours in (("killed", 30), ("running", 1)):
+        (tmp_path / "cache" / f"{name}.part").write_bytes(b"half")
+        os.utime(tmp_path / "cache" / f"{name}.part", (time.time() - 3600 * hours,) * 2)
+    assert fill_cache([scan], config, 1, False).written == 1
+    assert sorted(os.listdir(tmp_path / "cache")) == sorted(
+        [os.path.basename(place), os.path.basename(place).replace(".npy", ".json"), "running.part"]
+    )
+
+
+def test_many_different_notices_are_not_listed_each():
+    filled = volume_cache.Filled(30, 0, (), {f"hole after {n}.png": 1 for n in range(29)} | {"overlap": 7}, 1.0)
+    lines = filled.lines()
+    assert len(lines) == 22 and lines[1] == "volumes: 7 x overlap" and "10 other notices" in lines[-1]
