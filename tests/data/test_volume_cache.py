@@ -169,9 +169,9 @@ def test_no_folder_and_one_that_cannot_be_written(tmp_path, scan):
     (tmp_path / "file").write_text("")
     config = visual(tmp_path / "file" / "cache")
     for rule in ("stop", "skip"):  # no volume's fault, so none is left out
-        with pytest.raises(UserError, match="prepared volumes cannot be kept there .*; free space, or give another"):
+        with pytest.raises(UserError, match=r"prepared volumes cannot be kept there .*; free space, or give another"):
             fill_cache([scan], config, 1, False, rule)
-    with pytest.warns(Notice, match="prepared volumes cannot be kept there .*; going on without it"):
+    with pytest.warns(Notice, match=r"prepared volumes cannot be kept there .*; going on without it"):
         np.testing.assert_array_equal(read_input(scan, config).values, prepare(scan, config).values)
 
 
