@@ -60,7 +60,7 @@ def _score(
         notices.append(f"BERTScore reads layer {encoder['layer']} of {encoder['encoder']} ({encoder['hash']}).")
     runs = []
     for name, path, own in zip(names(paths), paths, studies, strict=True):
-        judged, unjudged = judging.of(own)
+        judged, unjudged = judging.of(own, path)
         problems += unjudged
         scores = scored.score(own, None, "", args.resamples, args.seed, scorers)
         rule = scoring.choice_rule(args.scores)

@@ -115,7 +115,7 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
     rule = scoring.choice_rule(args.scores)
     judging = scoring.Judging(args.scores, out, skip, notices)
     scorers, encoder = scoring.scorers(args.scores, notices)
-    judged, unjudged = judging.of(studies)
+    judged, unjudged = judging.of(studies, args.answers)
     judging.finish()
     notices += skipped_notices(problems, unjudged, out)
     scores = scored.score(studies, control, kind, args.resamples, args.seed, scorers)

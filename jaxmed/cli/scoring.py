@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxmed.cli import common
@@ -118,11 +119,11 @@ class Judging:
             )
         self._asked: list[judging.Question] = []
 
-    def of(self, studies: Sequence[Study]) -> tuple[list[Judged], list[Problem]]:
-        """What the judge said of one file's studies; nothing where there is no judge."""
+    def of(self, studies: Sequence[Study], file: str) -> tuple[list[Judged], list[Problem]]:
+        """What the judge said of the studies of one file of answers; nothing where there is no judge."""
         if self.judge is None and not self.args.judge_requests:
             return [], []
-        asked = judging.questions(studies, self.settings)
+        asked = judging.questions(studies, self.settings, file)
         if self.args.judge_requests:
             self._asked += asked
             return [], []
@@ -159,7 +160,8 @@ class Judging:
 
 
 def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, transient=True, console=Console(stderr=True))
 
 
 def _judge(args: ScoringArgs) -> judges.Judge:

@@ -48,9 +48,15 @@ class Question:
     """Index of the study"""
     turn: int
     name: str
-    """The study's id, for messages"""
+    """The study's id"""
     measure: Measure
     prompt: str
+    file: str = ""
+    """Of the answers"""
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}: study {self.name!r}" if self.file else f"study {self.name!r}"
 
 
 @dataclass
@@ -69,9 +75,9 @@ class Judged:
     """What is recorded with the score"""
 
 
-def questions(studies: Sequence[Study], settings: Settings) -> list[Question]:
+def questions(studies: Sequence[Study], settings: Settings, file: str = "") -> list[Question]:
     """Prompts for every answer with a reference, in the studies' order; none for multiple choice. GREEN is for reports and is
-    not asked about answers to questions with a type."""
+    not asked about answers to questions with a type. `file`: of the answers, for messages."""
     found = []
     words = green.WORDS[settings.version]
     for i, study in enumerate(studies):
@@ -87,7 +93,7 @@ def questions(studies: Sequence[Study], settings: Settings) -> list[Question]:
             }
             for measure in settings.measures:
                 if measure == "percentage" or not study.question_type:
-                    found.append(Question(i, turn, study.id, measure, made[measure]()))
+                    found.append(Question(i, turn, study.id, measure, made[measure](), file))
     return found
 
 
@@ -157,7 +163,7 @@ def ask(
                 if not fault:
                     kept.add(question, reply)
         pairs = zip(group, faults, strict=True)
-        problems += [Problem(f"study {q.name!r}", f"{q.measure}: {fault}") for q, fault in pairs if fault]
+        problems += [Problem(q.where, f"{q.measure}: {fault}") for q, fault in pairs if fault]
         tell(done, len(groups))
         if judge.may_be_absent and silent == (GIVE_UP_LATER if answered else GIVE_UP):
             which = f"none of the {'last' if answered else 'first'} {silent} calls"
@@ -167,7 +173,7 @@ def ask(
             raise BadRecords(problems)
     if groups and not answered and not kept.found:
         raise UserError(f"the judge answered none of {len(groups)} calls; the last: {problems[-1]}")
-    place = {f"study {question.name!r}": number for number, question in enumerate(asked)}
+    place = {question.where: number for number, question in enumerate(asked)}
     return kept.found, sorted(problems, key=lambda problem: place[problem.where])
 
 

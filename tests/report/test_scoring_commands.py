@@ -97,7 +97,7 @@ def test_answers_that_are_missing_stop_or_are_left_out(files):
     assert run([*flags, "--judge-answers", "said.jsonl", "--on-bad-record", "skip"]) == 0
     assert content(files / "out")["green"]["answered"] == 4
     skipped = [json.loads(line)["where"] for line in (files / "out" / "skipped.jsonl").read_text().splitlines()]
-    assert skipped == ["study 'amos_0/chest'", "study 'amos_1/pelvis'"]
+    assert skipped == ["x_vqa.json: study 'amos_0/chest'", "x_vqa.json: study 'amos_1/pelvis'"]
 
 
 def test_multiple_choice_with_likelihoods_and_upstreams_rule(files):
