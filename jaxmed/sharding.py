@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmed.config import Experiment, MeshConfig
 from jaxmed.errors import UserError
-from jaxmed.types import Batch, Order, PairBatch
+from jaxmed.types import Batch, Order, Padding, PairBatch
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -230,7 +230,7 @@ def replicated(mesh: Mesh, ndim: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * ndim))
 
 
-def batch_specs(rules: Rules, order: Order = "natural", image_ndim: int = 4) -> Batch:
+def batch_specs(rules: Rules, order: Order = "natural", image_ndim: int = 4, padding: Padding = "either") -> Batch:
     """A Batch of specs; `image_ndim`: axes of `images`, by the kind of the visual input (data.inputs.image_ndim)."""
     along_t, row = rules.spec("batch", "length"), rules.spec("batch", None)
     return Batch(
@@ -244,6 +244,7 @@ def batch_specs(rules: Rules, order: Order = "natural", image_ndim: int = 4) -> 
         image_token_mask=rules.spec("batch", None, None),
         image_grid=rules.spec("batch", None, None),
         order=order,
+        padding=padding,
     )
 
 

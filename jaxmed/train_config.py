@@ -102,8 +102,9 @@ class TrainConfig:
     loss_chunk: int = 256
     """Supervised positions whose logits exist at once."""
     attention: AttentionBackend = "auto"
-    """What computes the decoder's attention, in generation too: `splash` (TPUs), `cudnn` (NVIDIA GPUs, bfloat16, unpacked
-    rows, context 1) or plain `xla` (anything); `auto`: the device's own, and xla where that cannot express what is asked."""
+    """What computes the attention of decoder and image tower, in generation too: `splash` (TPUs), `cudnn` (NVIDIA GPUs,
+    bfloat16, unpacked rows, context 1) or plain `xla` (anything); `auto`: the device's own, and xla where that cannot express
+    what is asked."""
     attention_chunk: int = 512
     """Queries and keys whose scores exist at once."""
     save_every: int = 500

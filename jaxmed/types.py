@@ -13,6 +13,8 @@ import numpy as np
 
 Array = jax.Array | np.ndarray
 Order = Literal["natural", "balanced", "any"]
+Padding = Literal["none", "right", "either"]
+"""Where a row of one segment has padding: nowhere, behind its tokens, or on one side of them"""
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +43,7 @@ class Batch:
     """[B, I, 3] int32, (depth, rows, columns) of each image's token grid"""
     order: Order = dataclasses.field(default="natural", metadata={"static": True})
     """Along T: `natural`, `balanced` over the context axis (see sharding.balanced_order), or `any` (no work is skipped)"""
+    padding: Padding = dataclasses.field(default="either", metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

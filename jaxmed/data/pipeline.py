@@ -67,7 +67,8 @@ class Batches(Iterator[tuple[GlobalBatch, Batch | PairBatch]]):
         else:
             check_buckets(data.buckets, self._context)
             order = "balanced" if self._context > 1 else "natural"
-            specs, self._build = batch_specs(rules, order, image_ndim(dataset.experiment.visual)), self._token_rows
+            specs = batch_specs(rules, order, image_ndim(dataset.experiment.visual), padding="right")
+            self._build = self._token_rows
         self._shardings = to_shardings(specs, mesh)
         row_map = rules.sharding(mesh, "batch").addressable_devices_indices_map((data.batch,))
         self._rows = local_rows(row_map, data.batch)

@@ -39,7 +39,7 @@ def begin(model: Vlm, batch: Batch, rest: Rest | None, experiment: Experiment, r
     dtype = jnp.dtype(experiment.model.dtype)
     slots = batch.tokens.shape[1] + room + (rest.tokens.shape[1] if rest is not None else 0)
     cache = empty_cache(decoder.config, rows, slots, dtype, decoder.split, rules)
-    layout = layout_for(experiment.train, batch.order, packed=False)
+    layout = layout_for(experiment.train, batch, packed=False)
     reach = rest.reach if rest is not None else jnp.max(batch.positions, axis=1) + ahead
     h = model.embed(batch, rules)
     hidden, cache = decoder.prefill(h, batch.positions, batch.segment_ids, cache, layout, rules, reach)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import reshard
 
+from jaxmed.config import AttentionBackend
 from jaxmed.model_config import TextEncoderConfig, TowerConfig
 from jaxmed.models.text_encoder import TextEncoder
 from jaxmed.models.vit import Vit
@@ -54,9 +55,11 @@ class Contrastive(nnx.Module):
         self.text_projection = Linear(features, text.width, axes, keys[3], std=-1.0, bias=True)
         self.logit_scale = constant((), _INITIAL_SCALE, ())
 
-    def encode_image(self, volumes: jax.Array, rules: Rules, remat: str = "none") -> jax.Array:
+    def encode_image(
+        self, volumes: jax.Array, rules: Rules, remat: str = "none", attention: AttentionBackend = "auto"
+    ) -> jax.Array:
         """volumes [B, depth, rows, columns, 1] in the dtype of the computation -> [B, N, P] float32, every token of length 1"""
-        h = self.tower(volumes, rules, remat)
+        h = self.tower(volumes, rules, remat, attention)
         return normalised(self.vision_projection(h, encoder_rules(rules), ("batch", "length", None), None))
 
     def encode_text(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxmed.config import AttentionBackend
 from jaxmed.model_config import TowerConfig
 from jaxmed.models.decoder import rematerialised
 from jaxmed.models.position_table import resized
@@ -54,11 +55,11 @@ class Vit(nnx.Module):
             self.norm = LayerNorm(config.width, config.norm_eps)
         self.config = config
 
-    def __call__(self, x: jax.Array, rules: Rules, remat: str = "none") -> jax.Array:
-        """-> the tokens that go on [M, N, D]; `remat` as in TrainConfig, for towers that are trained"""
+    def __call__(self, x: jax.Array, rules: Rules, remat: str = "none", attention: AttentionBackend = "auto") -> jax.Array:
+        """-> the tokens that go on [M, N, D]; `remat` and `attention` as in TrainConfig"""
         rules = encoder_rules(rules)
         h = self.embed(x, rules)
-        attend = attend_all(h, rules)
+        attend = attend_all(h, rules, attention)
 
         def body(h: jax.Array, block: EncoderBlock) -> tuple[jax.Array, None]:
             return block(h, attend, rules, None), None
@@ -72,7 +73,7 @@ class Vit(nnx.Module):
         """Every kept block's output [M, N, D], all tokens, before selection and norm."""
         rules = encoder_rules(rules)
         h = self.embed(x, rules)
-        attend = attend_all(h, rules)
+        attend = attend_all(h, rules, "auto")
         return list(_outputs(h, self.blocks, attend, rules))
 
     def embed(self, x: jax.Array, rules: Rules) -> jax.Array:

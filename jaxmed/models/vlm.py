@@ -49,7 +49,7 @@ class Vlm(nnx.Module):
 
     def __call__(self, batch: Batch, rules: Rules, draws: Draws | None) -> jax.Array:
         """-> hidden states after the final norm [B, T, D]"""
-        layout = layout_for(self.train, batch.order, self.packed)
+        layout = layout_for(self.train, batch, self.packed)
         tokens, samples = (draws.tokens, draws.samples) if draws is not None else (None, None)
         h = self.embed(batch, rules, samples)
         return self.decoder(h, batch.positions, batch.segment_ids, layout, rules, self.remat, tokens)
@@ -85,7 +85,7 @@ class Vlm(nnx.Module):
     def tower_features(self, images: jax.Array, rules: Rules) -> jax.Array:
         """pixels [B, I, H, W, 3], volumes [B, I, D, H, W, 1] or slices [B, I, S, H, W] -> the tower's tokens [B, I, N, C]"""
         x = self.tower_inputs(images, rules)
-        y = self.tower(x, rules, self.remat)
+        y = self.tower(x, rules, self.remat, self.train.attention)
         row = rules.spec("batch", None, None, None)
         return y.reshape(*images.shape[:2], -1, y.shape[-1], out_sharding=row)
 

@@ -84,7 +84,7 @@ def attention(
 
     if backend == "splash":
         heads = q.shape[2] // (shards["tensor"] if rules.heads else 1)
-        padded = attention_splash.padded_length(length, context)
+        padded = attention_splash.padded_length(length, layout.chunk, context)
         kernel = attention_splash.kernel_for(mask, layout, heads, padded, context, interpret=platform != "tpu")
         kernel_specs = attention_splash.kernel_specs(kernel, rules)
         kernel = jax.sharding.reshard(kernel, kernel_specs)
@@ -100,7 +100,7 @@ def attention(
 
         def by_cudnn(*inputs):
             k, v, *_ = whole(*inputs)
-            return attention_cudnn.local_attention(inputs[0], k, v, inputs[4], mask)
+            return attention_cudnn.local_attention(inputs[0], k, v, inputs[4], mask, layout.padding)
 
         return jax.shard_map(by_cudnn, in_specs=specs, out_specs=q_spec, check_vma=False)(*inputs)
 

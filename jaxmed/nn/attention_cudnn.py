@@ -1,10 +1,10 @@
 """Attention by cuDNN's flash kernel on NVIDIA GPUs, for rows that hold one segment.
 
-cuDNN knows causal, a window behind the query, and a length a row; padding must stand at the end. A row padded on the left is
-turned so that its tokens come first, and its result turned back. Several segments in a row (packing) and a share of T against
-all keys (context shards) cannot be said to it without a mask of T x T, so these go to XLA: its causal mask starts at the first
-key whatever the queries' place, and joining a shard's two halves (all earlier keys; its own, causal) by their log-sums needs
-those log-sums in the backward pass, which JAX's function does not take.
+cuDNN knows causal, a window behind the query, and a length a row; padding must stand at the end. Rows that may be padded on the
+left are turned so that their tokens come first, and their results turned back. Several segments in a row (packing) and a share of
+T against all keys (context shards) cannot be said to it without a mask of T x T, so these go to XLA: its causal mask starts at
+the first key whatever the queries' place, and joining a shard's two halves (all earlier keys; its own, causal) by their log-sums
+needs those log-sums in the backward pass, which JAX's function does not take.
 
 Axis letters: B batch, T queries and keys, Q query heads, K kv heads, H head width.
 """
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmed.nn.attention_mask import Layout, Mask
+from jaxmed.types import Padding
 
 WIDEST_HEAD = 128
 
@@ -43,16 +44,25 @@ def obstacle(mask: Mask, layout: Layout, platform: str, dtype: jnp.dtype, width:
     return ""
 
 
-def local_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask) -> jax.Array:
+def local_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask, padding: Padding) -> jax.Array:
     """One shard's part, inside shard_map: q [B, T, Q, H], k and v [B, T, K, H], segments [B, T] -> [B, T, Q, H]"""
+    if padding == "none":
+        return _kernel(q, k, v, None, mask)
     exists = (segments != 0)[..., None, None]
-    count = jnp.sum(segments != 0, axis=1, dtype=jnp.int32)
-    first = jnp.argmax(segments != 0, axis=1).astype(jnp.int32)
-
+    lengths = jnp.maximum(jnp.sum(segments != 0, axis=1, dtype=jnp.int32), 1)
     # whatever the kernel leaves in padding, forward and backward, is replaced by 0
-    q, k, v = (_turned(jnp.where(exists, x, 0), first) for x in (q, k, v))
-    lengths = jnp.maximum(count, 1)
-    out = jax.nn.dot_product_attention(
+    q, k, v = (jnp.where(exists, x, 0) for x in (q, k, v))
+    if padding == "right":
+        out = _kernel(q, k, v, lengths, mask)
+    else:
+        first = jnp.argmax(segments != 0, axis=1).astype(jnp.int32)
+        out = _turned(_kernel(*(_turned(x, first) for x in (q, k, v)), lengths, mask), -first)
+    return jnp.where(exists, out, 0)
+
+
+def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, mask: Mask) -> jax.Array:
+    """`lengths` [B]: tokens of a row, which come first; None: all of T."""
+    return jax.nn.dot_product_attention(
         q,
         k,
         v,
@@ -62,7 +72,6 @@ def local_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arra
         local_window_size=(mask.window - 1, 0) if mask.window else None,
         implementation="cudnn",
     )
-    return jnp.where(exists, _turned(out, -first), 0)
 
 
 @jax.custom_vjp

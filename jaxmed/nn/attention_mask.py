@@ -8,7 +8,7 @@ import dataclasses
 import jax
 
 from jaxmed.config import AttentionBackend, TrainConfig
-from jaxmed.types import Order
+from jaxmed.types import Batch, Order, Padding
 
 NEGATIVE = -1e30
 
@@ -47,9 +47,11 @@ class Layout:
     """queries and keys whose scores exist at once, at most"""
     backend: AttentionBackend = "auto"
     packed: bool = True
-    """whether a row may hold several segments; otherwise it has one, with padding on one side of it"""
+    """whether a row may hold several segments"""
+    padding: Padding = "either"
+    """where it stands, in a row of one segment"""
 
 
-def layout_for(train: TrainConfig, order: Order, packed: bool) -> Layout:
-    """What a run's config says of attention."""
-    return Layout(order, train.attention_chunk, train.attention, packed)
+def layout_for(train: TrainConfig, batch: Batch, packed: bool) -> Layout:
+    """What a run's config says of attention over a batch's rows."""
+    return Layout(batch.order, train.attention_chunk, train.attention, packed, batch.padding)

@@ -87,9 +87,19 @@ def _mask(mask: Mask, length: int, balanced_over: int) -> masks.Mask:
     return _Band(order.astype(np.int32), _Rule(mask))
 
 
-def padded_length(length: int, context: int) -> int:
-    """T as the kernel takes it. Shards of T are never padded: see `obstacle`."""
-    return length if context > 1 else -(-length // LANES) * LANES
+def padded_length(length: int, chunk: int, context: int) -> int:
+    """T as the kernel takes it: whole blocks, the largest up to `chunk` for which an eighth of T is added at most (small blocks
+    cost more than that). Shards of T are never padded: see `obstacle`."""
+    if context > 1:
+        return length
+    sizes = (-(-length // block) * block for block in range(chunk // LANES * LANES, LANES, -LANES))
+    return next((size for size in sizes if 8 * size <= 9 * length), -(-length // LANES) * LANES)
+
+
+def block_size(length: int, layout: Layout, context: int) -> int:
+    """Queries and keys of a block: the most up to the layout's chunk that cut a shard's runs evenly."""
+    granule = _granule(length, layout, context)
+    return max(b for b in range(LANES, max(layout.chunk, LANES) + 1, LANES) if granule % b == 0)
 
 
 def kernel_for(mask: Mask, layout: Layout, heads: int, length: int, context: int, interpret: bool) -> Any:
@@ -97,8 +107,7 @@ def kernel_for(mask: Mask, layout: Layout, heads: int, length: int, context: int
 
     `heads` of one shard; `length` of whole rows, as `padded_length` gives it.
     """
-    granule = _granule(length, layout, context)
-    block = max(b for b in range(LANES, max(layout.chunk, LANES) + 1, LANES) if granule % b == 0)
+    block = block_size(length, layout, context)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import reshard
 
+from jaxmed.config import AttentionBackend
 from jaxmed.nn.attention import Layout, Mask, attention
 from jaxmed.nn.attention_mask import NEGATIVE
 from jaxmed.nn.dropout import Dropout
@@ -70,12 +71,11 @@ def encoder_rules(rules: Rules) -> Rules:
     return dataclasses.replace(rules, length=(), heads=(), kv_heads=(), mlp=())
 
 
-def attend_within(segment_ids: jax.Array, rules: Rules, mask: Mask | None = None) -> EncoderAttend:
-    """Attention of every token to every token of its segment (0: padding); segment_ids [B, T] int32, `rules` as inside a tower.
+def attend_within(segment_ids: jax.Array, rules: Rules, mask: Mask) -> EncoderAttend:
+    """Attention under a rule over segments alone (0: padding); segment_ids [B, T] int32, `rules` as inside a tower.
 
-    `mask`: another rule than that.
+    The rule may be any, so no kernel computes it.
     """
-    mask = Mask(causal=False, window=0) if mask is None else mask
     segment_ids = reshard(segment_ids, rules.spec("batch", None))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -85,9 +85,15 @@ def attend_within(segment_ids: jax.Array, rules: Rules, mask: Mask | None = None
     return attend
 
 
-def attend_all(h: jax.Array, rules: Rules) -> EncoderAttend:
+def attend_all(h: jax.Array, rules: Rules, backend: AttentionBackend) -> EncoderAttend:
     """Attention of every token of a row to every other, for rows [B, T, D] without padding."""
-    return attend_within(jnp.ones(h.shape[:2], jnp.int32, out_sharding=rules.spec("batch", None)), rules)
+    ones = jnp.ones(h.shape[:2], jnp.int32, out_sharding=rules.spec("batch", None))
+    layout = Layout("any", CHUNK, backend, packed=False, padding="none")
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, ones, ones, Mask(causal=False, window=0), layout, rules)
+
+    return attend
 
 
 def attend_dropped(segment_ids: jax.Array, dropout: Dropout, rules: Rules, mask: Mask) -> EncoderAttend:

@@ -79,14 +79,14 @@ class PairContrast:
     def _vectors(self, trainable: Any, frozen: Any, batch: PairBatch, key: jax.Array | None) -> Vectors:
         """`key`: of the step; None: nothing is dropped."""
         model = nnx.merge(self.graphdef, trainable, frozen)
-        config, remat = self.experiment, self.experiment.train.remat
+        config, train = self.experiment, self.experiment.train
         dtype, dropout = jnp.dtype(config.model.dtype), None
         if key is not None and config.contrastive.dropout:
             places = jnp.zeros_like(batch.tokens) + jnp.arange(batch.tokens.shape[1])
             pairs = jnp.zeros_like(batch.tokens) + batch.samples[:, None]
             dropout = Dropout.for_tokens(key, pairs, places, config.contrastive.dropout)
-        image = model.encode_image(batch.images.astype(dtype), self.rules, remat)
-        text = model.encode_text(batch.tokens, batch.mask, self.rules, dtype, remat, dropout)
+        image = model.encode_image(batch.images.astype(dtype), self.rules, train.remat, train.attention)
+        text = model.encode_text(batch.tokens, batch.mask, self.rules, dtype, train.remat, dropout)
         return image[:, 0], text[:, 0]
 
     def _loss(

@@ -13,7 +13,9 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
 from jaxmed.config import DecoderConfig, LoraConfig, MeshConfig, RopeConfig
+from jaxmed.model_config import TowerConfig
 from jaxmed.models.decoder import Decoder
+from jaxmed.models.vit import Vit
 from jaxmed.nn import attention as module
 from jaxmed.nn.attention import Layout
 from jaxmed.sharding import Rules, make_mesh, state_specs, to_shardings
@@ -44,7 +46,7 @@ def platform(monkeypatch):
     return pretend
 
 
-def traced_gradient(remat, shape=(2, 1, 1, 2), order="natural"):
+def traced_gradient(remat, shape=(2, 1, 1, 2), order="natural", padding="either"):
     """The gradient of a decoder's output with respect to its input."""
     mesh, rules = make_mesh(MeshConfig(*shape), jax.devices()[: shape[0] * shape[1] * shape[2] * shape[3]]), Rules()
     with jax.set_mesh(mesh):
@@ -57,7 +59,7 @@ def traced_gradient(remat, shape=(2, 1, 1, 2), order="natural"):
         )
 
         def total(h, params, positions, segments):
-            layout = Layout(order, 512, "auto", packed=False)
+            layout = Layout(order, 512, "auto", packed=False, padding=padding)
             y = nnx.merge(graphdef, params)(h, positions, segments, layout, rules, remat, None)
             return jnp.sum(y.astype(jnp.float32))
 
@@ -109,6 +111,48 @@ def test_cudnn_lowers_for_cuda_with_lengths_and_no_square(platform):
     assert set(re.findall(r"@__cudnn\$(\w+)", text)) == {"fmhaSoftmax", "fmhaSoftmaxBackward"}
     assert "PADDING_CAUSAL" in text
     assert not re.search(rf"tensor<[0-9x]*{LENGTH}x{LENGTH}x", text)
+
+
+def test_rows_that_end_in_padding_are_not_turned(platform):
+    platform("gpu")
+    turned, straight = (list(names_in(traced_gradient("full", padding=p).jaxpr.jaxpr)) for p in ("either", "right"))
+    assert "gather" in turned and "gather" not in straight
+
+
+def traced_tower(length=(9, 33, 33)):
+    """Gradient of a tower's tokens with respect to its weights, rows split over four devices."""
+    config = TowerConfig(
+        kind="vit3d", image=length, patch=(3, 3, 3), channels=1, width=192, layers=2, heads=3, mlp=64, select_feature="patch"
+    )
+    mesh, rules = make_mesh(MeshConfig(2, 2, 1, 2), jax.devices()[:8]), Rules()
+    with jax.set_mesh(mesh):
+        graphdef, state = nnx.split(jax.eval_shape(lambda: Vit(config, jax.random.key(0))))
+        params = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=s),
+            nnx.to_pure_dict(state),
+            to_shardings(state_specs(state, rules), mesh),
+        )
+        x = jax.ShapeDtypeStruct((4, *length, 1), jnp.bfloat16, sharding=rules.sharding(mesh, "batch", *[None] * 4))
+
+        def total(params, x):
+            return jnp.sum(nnx.merge(graphdef, params)(x, rules, "full").astype(jnp.float32))
+
+        return jax.jit(jax.grad(total)).trace(params, x)
+
+
+def test_towers_are_computed_by_the_kernels_too(platform):
+    """On GPUs without lengths or turning, since no row of theirs has padding; on TPUs in whole blocks."""
+    platform("gpu")
+    on_gpu = traced_tower()
+    names = list(names_in(on_gpu.jaxpr.jaxpr))
+    assert names.count("dot_product_attention_fwd_wrapper") == 2 and "gather" not in names
+    text = on_gpu.lower(lowering_platforms=("cuda",)).as_text()
+    assert "PADDING" not in text and "NO_MASK" in text
+    platform("tpu")
+    on_tpu = traced_tower()
+    kernels = [n for n in names_in(on_tpu.jaxpr.jaxpr) if n.startswith("pallas_call")]
+    assert sum("fwd" in n for n in kernels) == 2
+    assert on_tpu.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") >= 3
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 2), (1, 1, 4, 2)])

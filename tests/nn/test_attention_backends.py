@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_attention import KV_HEADS, RULES, compare, draw, mesh_of, packed, plain, plain_with_gradients, rows_of, run
 
 from jaxmed.nn import attention as module
-from jaxmed.nn import attention_cudnn
+from jaxmed.nn import attention_cudnn, attention_splash
 from jaxmed.nn.attention import Layout, Mask, attention, choose_backend
 from jaxmed.sharding import Rules, balanced_order
 
@@ -74,15 +76,23 @@ def test_splash_in_bfloat16_is_near_and_silent_in_padding():
 
 
 @pytest.mark.parametrize(
-    ("causal", "window", "kind"), [(True, 0, "padded left"), (True, 9, "padded right"), (False, 0, "full")]
+    ("causal", "window", "kind", "padding"),
+    [
+        (True, 0, "padded left", "either"),
+        (False, 0, "padded right", "either"),
+        (True, 9, "padded right", "right"),
+        (False, 0, "full", "none"),
+    ],
 )
-def test_what_cudnn_is_asked_for_gives_the_same(monkeypatch, causal, window, kind):
+def test_what_cudnn_is_asked_for_gives_the_same(monkeypatch, causal, window, kind, padding):
     """The kernel's place is taken by JAX's reference for the same arguments: turning rows, lengths, windows, and padding."""
     own = jax.nn.dot_product_attention
 
     def reference(*args, implementation, **kwargs):
         assert implementation == "cudnn"
         out = own(*args, implementation="xla", **kwargs)
+        if kwargs["query_seq_lengths"] is None:
+            return out
         end = jnp.arange(out.shape[1]) >= kwargs["query_seq_lengths"][:, None]
         return jnp.where(end[..., None, None], jnp.nan, out)  # what the kernel leaves behind the end must not matter
 
@@ -91,9 +101,25 @@ def test_what_cudnn_is_asked_for_gives_the_same(monkeypatch, causal, window, kin
     segments = segments.at[1].set(0) if kind == "padded left" else segments  # an empty row
     inputs = draw(40)
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(inputs[0].shape), jnp.float32)
-    found = run(partial(attention_cudnn.local_attention, segments=segments, mask=Mask(causal, window)), inputs, weights)
+    function = partial(attention_cudnn.local_attention, segments=segments, mask=Mask(causal, window), padding=padding)
+    found = run(function, inputs, weights)
     wanted = plain_with_gradients(inputs, weights, positions, segments, jnp.bool(causal), window)
     compare(found, [np.asarray(x) for x in wanted])
+
+
+@given(length=st.integers(1, 5000), chunk=st.sampled_from([128, 512, 700, 1024]))
+def test_rows_are_padded_to_whole_blocks_that_are_not_small(length, chunk):
+    padded = attention_splash.padded_length(length, chunk, context=1)
+    least = -(-length // 128) * 128
+    assert padded % 128 == 0 and length <= padded <= max(least, 9 * length / 8)
+    kernel = attention_splash.block_size(padded, Layout("any", chunk), 1)
+    assert padded % kernel == 0 and kernel <= chunk
+    # no larger block would have been had for an eighth more
+    assert all(-(-length // b) * b > 9 * length / 8 for b in range(kernel + 128, chunk + 1, 128))
+
+
+def test_2049_tokens_of_a_vit_take_blocks_of_768():
+    assert attention_splash.padded_length(2049, 1024, context=1) == 3 * 768
 
 
 ORDINARY = {"dtype": jnp.bfloat16, "length": 4096, "width": 128, "context": 1}

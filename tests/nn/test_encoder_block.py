@@ -11,6 +11,7 @@ import torch
 from flax import nnx
 
 from jaxmed.config import MeshConfig
+from jaxmed.nn.attention_mask import Mask
 from jaxmed.nn.dropout import Dropout
 from jaxmed.nn.encoder_block import (
     ACTIVATIONS,
@@ -79,7 +80,7 @@ def block_of(config: BlockConfig) -> tuple[nnx.GraphDef, dict]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(graphdef, params, x, segments, dropout=None):
-    return nnx.merge(graphdef, params)(x, attend_within(segments, RULES), RULES, dropout)
+    return nnx.merge(graphdef, params)(x, attend_within(segments, RULES, Mask(False, 0)), RULES, dropout)
 
 
 @pytest.mark.parametrize(
