@@ -3,8 +3,8 @@
 cuDNN knows causal, a window behind the query, and a length a row; padding must stand at the end. Rows that may be padded on
 the left are turned so that their tokens come first, and their results turned back. Several segments in a row (packing) and a
 share of T against all keys (context shards) cannot be said to it without a mask of T x T, so these go to XLA: its causal mask
-starts at the first key whatever the queries' place, and joining a shard's two halves (all earlier keys; its own, causal) by their
-log-sums needs those log-sums in the backward pass, which JAX's function does not take.
+starts at the first key whatever the queries' place, and joining a shard's two halves (all earlier keys; its own, causal) by
+their log-sums needs those log-sums in the backward pass, which JAX's function does not take.
 
 Axis letters: B batch, T queries and keys, Q query heads, K kv heads, H head width.
 """
