@@ -107,7 +107,13 @@ def _finish(args: Args, found: Asked, journal: Any, problems: Sequence[Problem])
     written = finish(journal, kept, partial(_calibrated, args, kept))
     _report(args, problems, written is not None)
     if written is not None and args.submission:
-        write_submission(args.submission, args.records, [*args.submission_with, args.out], found.records)
+        results, skip = [*args.submission_with, args.out], args.on_bad_record == "skip"
+        empty = write_submission(args.submission, args.records, results, found.records, skip)
+        if empty:
+            _list_skipped(args, [*problems, *empty])
+            common.notice(
+                f"{args.submission} is not whole, {args.out}.skipped.jsonl lists {len(empty)} gaps; first: {empty[0]}"
+            )
         print(args.submission)
 
 
@@ -131,11 +137,16 @@ def _progress(total: int) -> Iterator[Callable[[Record], None]]:
         yield lambda record: progress.advance(task)
 
 
+def _list_skipped(args: Args, problems: Sequence[Problem]) -> str:
+    path = f"{args.out}.skipped.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"where": p.where, "what": p.what}) + "\n" for p in problems)
+    return path
+
+
 def _report(args: Args, problems: Sequence[Problem], complete: bool) -> None:
     if problems:
-        path = f"{args.out}.skipped.jsonl"
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"where": p.where, "what": p.what}) + "\n" for p in problems)
+        path = _list_skipped(args, problems)
         skipped = len({problem.where for problem in problems})
         common.notice(f"{skipped} record{'s were' if skipped != 1 else ' was'} skipped; {path} says which and why")
     if complete:

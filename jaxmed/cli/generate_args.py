@@ -85,7 +85,7 @@ class Args:
     join: bool = False
     """The processes of this job hold one model together, over the devices of all of them"""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """A record that cannot be used: list all such records and stop, or go on without them"""
+    """A record that cannot be used: list all such records and stop, or go on without them (in --submission they stay empty)"""
     upstream_exact: str = ""
     """Upstream's defects to reproduce, comma-separated: history_eot, na_choices, pad_grey (see the README)"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

@@ -173,13 +173,16 @@ def letter_of(answer: Any, options: Mapping[str, str]) -> str:
 # -- submission ------------------------------------------------------------------------------------------------------------
 
 
-def submission(skeleton: Mapping[str, Any], predictions: Mapping[str, str], split: str = "") -> dict[str, Any]:
+def submission(
+    skeleton: Mapping[str, Any], predictions: Mapping[str, str], split: str = "", skipped: list[Problem] | None = None
+) -> dict[str, Any]:
     """The challenge's file: entries of one list of `dataset.json`, with findings written by the model and `prediction`, a
     letter, at each question. `predictions`: by the records' names, CASE/REGION -> text and CASE/qaN -> letter; `split`: the
     list, where the skeleton has several.
 
     Either task may be left out as a whole (its part then stays as it is); within a task nothing may be missing. BadRecords
-    lists names that no entry has, letters that no option has, and what has no prediction.
+    lists names that no entry has, letters that no option has, and what has no prediction; with a list `skipped` they go there,
+    and what is missing stays empty.
     """
     name = split or _only_list(skeleton)
     entries = skeleton.get(name)
@@ -201,8 +204,10 @@ def submission(skeleton: Mapping[str, Any], predictions: Mapping[str, str], spli
         filled.append(result)
     strangers = [key for key in predictions if key not in used]
     problems += [Problem(f"predictions: {key!r}", f"no entry of {name} has this name") for key in strangers]
-    if problems:
+    if problems and skipped is None:
         raise BadRecords(problems)
+    if skipped is not None:
+        skipped += problems
     return {name: filled}
 
 
@@ -231,7 +236,7 @@ def _filled_report(
     bad = [region for region, text in found.items() if not isinstance(text, str)]
     if bad:
         faults.append(f"its prediction for {', '.join(bad)} is no text")
-    report["findings"] = {region: found.get(region, "") for region in REGIONS}
+    report["findings"] = {region: "" if region in bad else found.get(region, "") for region in REGIONS}
     return report, {f"{case}/{region}" for region in found}
 
 
@@ -246,5 +251,5 @@ def _fill_questions(items: Sequence[dict[str, Any]], case: str, predictions: Map
             faults.append(f"question {number + 1} has no prediction")
         elif letter not in options:
             faults.append(f"question {number + 1} is answered {predictions[key]!r}, its options are {', '.join(options)}")
-        item["prediction"] = letter
+        item["prediction"] = letter if letter in options else ""
     return used

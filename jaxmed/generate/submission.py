@@ -11,9 +11,10 @@ from jaxmed.evaluate.vqa import parse as letter_of
 from jaxmed.generate.journal import write_json
 
 
-def write_submission(out: str, records: str, results: Sequence[str], known: Sequence[Record]) -> None:
+def write_submission(out: str, records: str, results: Sequence[str], known: Sequence[Record], skip: bool) -> list[Problem]:
     """`records`: AMOS-MM's dataset.json as the command names it; `results`: finished `*_vqa.json` files over its entries;
-    `known`: its records, for the options of generated answers. BadRecords lists what is missing or not an option."""
+    `known`: its records, for the options of generated answers. BadRecords lists what is missing or not an option; with `skip`
+    it stays empty, and is what is returned."""
     source = parse(records)
     if not source.path.lower().endswith(".json"):
         raise UserError(f"--submission: {source.path} is no dataset.json of AMOS-MM, whose entries the submission repeats")
@@ -27,12 +28,15 @@ def write_submission(out: str, records: str, results: Sequence[str], known: Sequ
     options = {record.id: record.options for record in known}
     predictions: dict[str, str] = {}
     for path in results:
-        predictions |= _predictions(path, options)
-    write_json(out, submission(skeleton, predictions, source.split))
+        predictions |= _predictions(path, options, skip)
+    skipped: list[Problem] = []
+    write_json(out, submission(skeleton, predictions, source.split, skipped if skip else None))
+    return skipped
 
 
-def _predictions(path: str, options: dict[str, dict[str, str]]) -> dict[str, str]:
-    """By the records' names: a report's text, or the letter of a question. BadRecords lists answers that name none."""
+def _predictions(path: str, options: dict[str, dict[str, str]], skip: bool) -> dict[str, str]:
+    """By the records' names: a report's text, or the letter of a question. BadRecords lists answers that name none, unless
+    `skip`: "" then."""
     try:
         with open(path, encoding="utf-8") as file:
             answers = {str(study["conversations_out"][-1]["id"]): study["conversations_out"][-1] for study in json.load(file)}
@@ -40,7 +44,7 @@ def _predictions(path: str, options: dict[str, dict[str, str]]) -> dict[str, str
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path}: is no result of `jaxmed generate` ({error})") from error
     lost = [name for name, text in found.items() if is_question(name) and not text]
-    if lost:
+    if lost and not skip:
         raise BadRecords([Problem(f"{path}: {name}", _nameless(answers[name], options.get(name, {}))) for name in lost])
     return found
 

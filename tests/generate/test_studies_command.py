@@ -186,6 +186,12 @@ def test_answers_that_name_no_option_are_told(dataset, tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.count("names none of its options A, B, C; --answers likelihood") == 6
     assert not (tmp_path / "s.json").exists() and out.exists()
+    assert run([*asked, "--on-bad-record", "skip"]) == 0
+    assert "s.json is not whole" in capsys.readouterr().err
+    left = [json.loads(line) for line in Path(f"{out}.skipped.jsonl").read_text().splitlines()]
+    assert len(left) == 6 and all("is answered '', its options are A, B, C" in row["what"] for row in left)
+    made = json.loads((tmp_path / "s.json").read_text())["validation"]
+    assert [item["prediction"] for e in made for item in e["labels"]["qa"]] == [""] * 6
 
 
 def test_a_python_session_reports_by_region(shared, model):
