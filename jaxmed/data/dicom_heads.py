@@ -1,5 +1,6 @@
 """What the slices of a DICOM folder say of themselves, without their pixels, and which series of the folder is meant."""
 
+import logging
 import math
 import os
 import struct
@@ -15,6 +16,8 @@ from pydicom.uid import UID
 
 from jaxmed.errors import UserError
 
+# pydicom logs the whole trace of a decoder that fails; what a person needs is told here.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 TAGS = [
     "SeriesInstanceUID",
     "SeriesDescription",
@@ -198,7 +201,7 @@ def _text(head: Dataset, name: str) -> str:
 
 def _slice(head: Dataset) -> Slice:
     path = str(head.filename)
-    _check_syntax(path, head)
+    packed = _is_packed(path, head)
     if int(_numbers(path, head, "NumberOfFrames", 1, 1.0)[0]) > 1:
         raise UserError(f"{path}: a multi-frame DICOM file; convert it with dcm2niix and give the NIfTI file")
     photometric = _text(head, "PhotometricInterpretation") or "MONOCHROME2"
@@ -211,6 +214,8 @@ def _slice(head: Dataset) -> Slice:
     )
     if bits not in (8, 16, 32):
         raise UserError(f"{path}: {bits} bits a pixel; 8, 16 or 32 are read")
+    if not packed and os.path.getsize(path) < rows * columns * bits // 8:
+        raise UserError(f"{path}: is cut short; copy it again")
     directions = np.array(_numbers(path, head, "ImageOrientationPatient", 6)).reshape(2, 3)
     lengths = np.linalg.norm(directions, axis=1)
     if not (np.abs(lengths - 1) < 0.01).all() or abs(directions[0] @ directions[1]) > 0.01:
@@ -242,15 +247,15 @@ def _slice(head: Dataset) -> Slice:
     )
 
 
-def _check_syntax(path: str, head: Dataset) -> None:
-    """A compressed file whose decoder is not installed is refused with the name of the package."""
+def _is_packed(path: str, head: Dataset) -> bool:
+    """Whether the file is smaller than its pixels. One whose decoder is not installed is refused with the package's name."""
     syntax = getattr(getattr(head, "file_meta", None), "TransferSyntaxUID", None)
     if syntax is None:
-        return
+        return False
     if not syntax.is_transfer_syntax:
         raise UserError(f"{path}: its transfer syntax {syntax} is not known; convert it with dcm2niix")
     if not syntax.is_encapsulated:
-        return
+        return syntax.is_deflated
     try:
         available = get_decoder(syntax).is_available
     except NotImplementedError:
@@ -258,6 +263,7 @@ def _check_syntax(path: str, head: Dataset) -> None:
     if not available:
         package = next((package for word, package in _DECODERS.items() if word in syntax.name), "python-gdcm")
         raise UserError(f"{path}: compressed as {syntax.name}; pip install {package} lets pydicom decode it")
+    return True
 
 
 def _numbers(path: str, head: Dataset, name: str, count: int, default: float | None = None) -> list[float]:

@@ -19,6 +19,8 @@ AIR_HU = -1000.0
 AIR_WIDTH = 60.0
 AIR_SHARE = 0.02
 SOFT_TISSUE = (40.0, 60.0)
+LARGEST = 1e30
+"""No unit of a CT reaches it, and float32 overflows at differences of larger numbers"""
 Override = Literal["auto", "header", "csv", "none"]
 
 
@@ -33,6 +35,18 @@ class Reading:
     """Share of the voxels that are air under this reading"""
     chosen: str
     """Why it was taken, in words"""
+
+
+def scaled_ends(path: str, stored: np.ndarray, slope: float, intercept: float) -> tuple[np.float32, np.float32]:
+    """The smallest and the largest voxel, computed as all of them are: the smallest equals itself. UserError where they are no
+    numbers of a CT."""
+    with np.errstate(over="ignore"):
+        low, high = np.sort(np.array([stored.min(), stored.max()], stored.dtype) * slope + intercept)
+    if not max(abs(low), abs(high)) < LARGEST:
+        raise UserError(
+            f"{path}: scaled voxels from {low:.3g} to {high:.3g} are no CT; check them and the header's scaling"
+        )
+    return np.float32(low), np.float32(high)
 
 
 def share_near(stored: np.ndarray, slope: float, intercept: float, centre: float, width: float) -> float:

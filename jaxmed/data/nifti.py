@@ -107,6 +107,8 @@ def compressed(path: str) -> bool:
 
 
 def open_nifti(path: str) -> nibabel.Nifti1Image:
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder; this model reads .nii and .nii.gz alone, dcm2niix makes one of a DICOM series")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; check the folder of the volumes")
     try:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxmed.config import PrepareConfig, VisualConfig
-from jaxmed.data.hounsfield import choose_reading
+from jaxmed.data.hounsfield import choose_reading, scaled_ends
 from jaxmed.data.metadata import Metadata, VolumeMetadata
 from jaxmed.data.resample import resize
 from jaxmed.data.volume_sources import Axes, RawVolume, read_raw, view
@@ -34,8 +34,6 @@ from jaxmed.errors import UserError
 PADDING_HU = -1024.0
 """No tissue is darker; smaller numbers fill what a scanner did not see"""
 PADDING_SHARE = 0.001
-LARGEST = 1e30
-"""No unit of a CT reaches it, and float32 would overflow at differences of larger numbers"""
 SLICES_PRESET = "m3d"
 Planes = Callable[[int], np.ndarray]
 Interval = tuple[float, float]
@@ -102,7 +100,7 @@ def prepare(path: str | os.PathLike, visual: VisualConfig) -> Prepared:
         """Slice k in the units of the file's scaling, [rows, columns] float32"""
         return (voxels[k] * slope + intercept).astype(np.float32)
 
-    ends = _ends(path, voxels, scale)
+    ends = scaled_ends(path, voxels, slope, intercept)
     low, high = _interval(preset, config, plane, len(voxels), ends)
     if preset in ("m3d", "amos_challenge") and low < PADDING_HU:
         _say_padding(voxels, scale, preset, notices)
@@ -153,19 +151,6 @@ def _scaling(raw: RawVolume, preset: str, config: PrepareConfig) -> tuple[Interv
         return (header.slope, header.intercept), "the header's scaling" if raw.kind != "slices" else ""
     reading = choose_reading(raw.stored, header, metadata_row(header.path, config), config.hu)
     return (reading.slope, reading.intercept), reading.chosen
-
-
-def _ends(path: str, voxels: np.ndarray, scale: Interval) -> Interval:
-    """The smallest and the largest number after scaling, as `plane` computes them, so that the smallest is no voxel of the
-    foreground by a rounding."""
-    slope, intercept = scale
-    with np.errstate(over="ignore"):
-        low, high = np.sort(np.array([voxels.min(), voxels.max()], voxels.dtype) * slope + intercept)
-    if not max(abs(low), abs(high)) < LARGEST:
-        raise UserError(
-            f"{path}: scaled voxels from {low:.3g} to {high:.3g} are no CT; check them and the scaling in the header"
-        )
-    return np.float32(low), np.float32(high)
 
 
 def _interval(preset: str, config: PrepareConfig, plane: Planes, depth: int, ends: Interval) -> Interval:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxmed.config import EncodeConfig
-from jaxmed.data.hounsfield import AIR_HU, AIR_WIDTH, Override, Reading, choose_reading
+from jaxmed.data.hounsfield import AIR_HU, AIR_WIDTH, Override, Reading, choose_reading, scaled_ends
 from jaxmed.data.metadata import VolumeMetadata
 from jaxmed.data.nifti import Triple, read_header, read_stored
 from jaxmed.data.resample import Taps, blend, taps
@@ -48,6 +48,7 @@ def read_volume(path: str, metadata: VolumeMetadata | None = None, override: Ove
     """The voxels of one file, its spacing, and which rule gives its Hounsfield units."""
     found = read_stored(path)
     reading = choose_reading(found.values, found.header, metadata, override)
+    scaled_ends(path, found.values, reading.slope, reading.intercept)
     return Volume(path, found.values, metadata.spacing if metadata else found.header.spacing, reading)
 
 

@@ -259,6 +259,13 @@ def test_damaged_and_single_files(tmp_path):
     refused(folder, "not a readable DICOM file")
 
 
+def test_slices_that_were_copied_in_part(tmp_path):
+    folder = save_dicom(tmp_path / "d", np.kron(HU[:, :, :3], np.ones((8, 8, 1), np.int16)))
+    path = files(folder)[1]
+    os.truncate(path, 14 * 11 * 64)  # its head is there, and half of its pixels
+    refused(folder, f"{os.path.basename(path)}: is cut short; copy it again")
+
+
 def test_volumes_below_a_folder(tmp_path):
     series = save_dicom(tmp_path / "a" / "series", HU)
     bare = save_dicom(tmp_path / "b", HU)

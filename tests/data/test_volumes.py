@@ -112,6 +112,15 @@ def test_preprocessing_equals_torch(tmp_path, shape, spacing, canvas):
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
+def test_numbers_of_no_ct_and_folders_are_refused(tmp_path):
+    stored = chest((9, 8, 7), seed=1).astype(np.float64)
+    stored[3, 4, 5] = 1e200
+    with pytest.raises(UserError, match=r"a\.nii: scaled voxels from .* to 1e\+200 are no CT"):
+        read_volume(write(tmp_path / "a.nii", stored))
+    with pytest.raises(UserError, match=r"is a folder; this model reads \.nii"):
+        read_volume(str(tmp_path))
+
+
 def test_range_is_scaled_to_minus_one_and_one(tmp_path):
     stored = np.full((4, 4, 4), -400, np.int16)
     stored[0] = -1000
