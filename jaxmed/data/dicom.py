@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxmed.data.dicom_heads import Slice, pixels, series_slices
+from jaxmed.data.hounsfield import AIR_SHARE, air_share
 from jaxmed.errors import UserError
 
 UNEVEN = 0.1
@@ -19,6 +20,8 @@ UNEVEN = 0.1
 WORTH_SAYING = 0.01
 LOST = 1.5
 """Times the smallest distance: from here on slices are missing in between"""
+LOOKED_AT = 8
+"""Slices from which it is told whether numbers are inverted"""
 DRIFT = 0.5
 """Pixels that the stack may lean as a whole before it is straightened"""
 
@@ -64,20 +67,34 @@ def read_series(folder: str, series: str) -> Series:
     scalings = {(one.slope, one.intercept) for one in kept}
     dtype = np.result_type(*{one.dtype for one in kept})
     tilted = bool(np.abs(stack.leans).max() > 0)
+    invert = _says_inverted(kept, notices)
     rows, columns = stack.first.shape
     planes = np.empty((len(kept), rows, columns), dtype if len(scalings) == 1 and not tilted else np.float32)
     for number, one in enumerate(kept):
-        plane = pixels(one)
+        plane = pixels(one, invert)
         if len(scalings) > 1:
             plane = plane * one.slope + one.intercept
         if tilted:
             plane = _moved(_moved(plane.astype(np.float32), stack.leans[number, 0], 1), stack.leans[number, 1], 0)
         planes[number] = plane
-    if any(one.inverted for one in kept):
-        notices.append("MONOCHROME1: grey values are inverted")
     slope, intercept = scalings.pop() if len(scalings) == 1 else (1.0, 0.0)
     spacing = (stack.first.spacing[1], stack.first.spacing[0], stack.distance)
     return Series(planes.transpose(2, 1, 0), _affine(stack), spacing, slope, intercept, tuple(notices))
+
+
+def _says_inverted(kept: list[Slice], notices: list[str]) -> bool:
+    """Whether the numbers of MONOCHROME1 are to be inverted. It tells how they are shown; where the scaling makes Hounsfield
+    units of them as they are, they stay: of the two readings the one that has air counts, as everywhere."""
+    if not kept[0].inverted:
+        return False
+    some = kept[:: max(len(kept) // LOOKED_AT, 1)]
+
+    def air(invert: bool) -> float:
+        return float(np.mean([air_share(pixels(one, invert), one.slope, one.intercept) for one in some]))
+
+    as_stored = air(False) >= AIR_SHARE > air(True)
+    notices.append(f"MONOCHROME1: grey values are {'left as they are, their air is dark' if as_stored else 'inverted'}")
+    return not as_stored
 
 
 def _stack(folder: str, series: str) -> Stack:

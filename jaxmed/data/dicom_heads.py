@@ -80,7 +80,7 @@ class Slice:
     slope: float
     intercept: float
     inverted: bool
-    """MONOCHROME1: small numbers are bright"""
+    """MONOCHROME1: small numbers are shown bright"""
     bits: int
     """Bits of a number that count"""
     dtype: np.dtype
@@ -118,15 +118,15 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def pixels(one: Slice) -> np.ndarray:
-    """[rows, columns] whole numbers as stored; MONOCHROME1 is turned into MONOCHROME2 (bright is large)."""
+def pixels(one: Slice, invert: bool = False) -> np.ndarray:
+    """[rows, columns] whole numbers as stored; `invert`: the largest become the smallest."""
     try:
         array = pydicom.dcmread(one.path, force=True).pixel_array
     except DAMAGE as error:
         raise UserError(f"{one.path}: its pixels cannot be read ({_brief(error)}); copy the file again") from None
     if array.shape != one.shape:
         raise UserError(f"{one.path}: its pixels have the shape {array.shape}, its header says {one.shape}; export it again")
-    if one.inverted:
+    if invert:
         top = -1 if array.dtype.kind == "i" else 2**one.bits - 1
         array = (top - array.astype(np.int64)).astype(array.dtype)
     return array

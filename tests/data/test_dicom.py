@@ -94,6 +94,11 @@ def test_monochrome1_is_inverted_and_said(tmp_path):
     found, want = prepare(folder, CONFIG), prepare(save_dicom(tmp_path / "e", HU), CONFIG)
     np.testing.assert_array_equal(found.values, want.values)
     assert found.frame.interval == (-1000, 700) and any("MONOCHROME1" in notice for notice in found.notices)
+    # where the scaling gives Hounsfield units, it speaks of the display alone
+    units = save_dicom(tmp_path / "f", HU, PhotometricInterpretation="MONOCHROME1")
+    found = prepare(units, CONFIG)
+    np.testing.assert_array_equal(found.values, want.values)
+    assert any("MONOCHROME1: grey values are left as they are" in notice for notice in found.notices)
 
 
 def test_two_series_are_named_or_one_is_chosen(tmp_path):
