@@ -139,9 +139,7 @@ def header_of(path: str, image: nibabel.Nifti1Image, index: int = WHOLE) -> Head
     shape = _volume_shape(path, image.shape, index)
     if image.get_data_dtype().kind not in "iuf":
         raise UserError(f"{path}: voxels of type {image.get_data_dtype()}; a CT volume holds one number a voxel")
-    missing = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize - os.path.getsize(path)
-    if missing > 0 and not compressed(path):
-        raise UserError(f"{path}: is cut short by {missing:,} bytes; copy or download the file again")
+    _check_length(path, image)
     zooms = _voxel_size(path, image)
     if not all(math.isfinite(z) and z > 0 for z in zooms):
         raise UserError(f"{path}: voxel size {zooms} in the header; every side must be above 0, mend the header")
@@ -154,6 +152,30 @@ def header_of(path: str, image: nibabel.Nifti1Image, index: int = WHOLE) -> Head
     # truncated size after resampling depends.
     spacing = (float(f"{zooms[0]:.6g}"), float(f"{zooms[1]:.6g}"), float(f"{zooms[2]:.6g}"))
     return Header(path, shape, spacing, float(slope), float(intercept))
+
+
+def _check_length(path: str, image: nibabel.Nifti1Image) -> None:
+    """UserError for a file that was copied in part, without reading it: gzip ends with the length of what it holds."""
+    wanted = image.dataobj.offset + math.prod(image.shape) * image.get_data_dtype().itemsize
+    missing = wanted - os.path.getsize(path)
+    if not compressed(path):
+        if missing > 0:
+            raise UserError(f"{path}: is cut short by {missing:,} bytes; copy or download the file again")
+        return
+    with open(path, "rb") as file:
+        file.seek(-4, os.SEEK_END)
+        if int.from_bytes(file.read(), "little") == wanted % 2**32:
+            return
+    try:
+        _read_through(path)  # other lengths are rare and may be right: of files in several pieces, or with something behind
+    except UNREADABLE as error:
+        raise UserError(f"{path}: is cut short or damaged ({_brief(error)}); copy or download the file again") from None
+
+
+def _read_through(path: str) -> None:
+    with gzip.open(path) as file:
+        while file.read(PIECE):
+            pass
 
 
 def _volumes(shape: tuple[int, ...]) -> int:

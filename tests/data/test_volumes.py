@@ -250,7 +250,7 @@ def broken(tmp_path, kind):
     [
         ("missing", "no such file"),
         ("not nifti", "not a readable NIfTI"),
-        ("cut short", "cannot be read"),
+        ("cut short", "is cut short or damaged"),
         ("cut inside", "cannot be read"),
         ("nan", "1 of 720 voxels are NaN"),
         ("four axes", "three axes"),
