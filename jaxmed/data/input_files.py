@@ -16,7 +16,7 @@ from jaxmed.data.volume_sources import stamp
 from jaxmed.errors import UserError
 
 # Raise it when check_header comes to refuse more.
-VERSION = "2"
+VERSION = "3"
 
 
 @dataclass(frozen=True)

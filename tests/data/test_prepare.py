@@ -178,7 +178,7 @@ def test_one_of_several_volumes_is_read_alone(tmp_path):
     with open(f"{path}.gz", "r+b") as file:
         file.seek(-8, os.SEEK_END)
         file.write(b"none")
-    with pytest.raises(UserError, match="its voxels cannot be read .*CRC"):
+    with pytest.raises(UserError, match=r"its voxels cannot be read .*CRC"):
         prepare(f"{path}.gz", visual(index=0))
 
 
