@@ -20,6 +20,7 @@ from jaxmed.data.embeddings import npz_name, write_npz
 from jaxmed.data.embeddings import read_header as read_npz_header
 from jaxmed.data.metadata import Metadata, VolumeMetadata
 from jaxmed.data.parallel import over_items
+from jaxmed.data.volume_sources import files_below
 from jaxmed.data.volumes import Override, preprocess, read_header, read_volume
 from jaxmed.errors import BadRecords, Problem, UserError
 
@@ -81,10 +82,9 @@ def find_volumes(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; --volumes takes the folder of the NIfTI files")
     found: dict[str, str] = {}
-    for parent, folders, files in os.walk(folder):
-        folders.sort()
-        for file in sorted(files):
-            if file.startswith(".") or not file.endswith(ENDINGS):
+    for parent, files in files_below(folder):
+        for file in files:
+            if not file.endswith(ENDINGS):
                 continue
             path, name = os.path.join(parent, file), npz_name(file)
             if name in found:

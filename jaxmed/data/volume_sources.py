@@ -12,6 +12,7 @@ exchanged and mirrored, never resampled: an oblique volume takes the nearest axe
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -169,9 +170,7 @@ def find_volumes(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; give the folder of the volumes")
     found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = [name for name in files if not name.startswith(".")]
+    for parent, files in files_below(folder):
         whole = [name for name in files if name.lower().endswith(nifti.ENDINGS) or name.endswith(".npy")]
         found += [os.path.join(parent, name) for name in whole]
         slices = any(slice_folders.is_slice(name) or name.lower().endswith(DICOM_ENDINGS) for name in files)
@@ -180,3 +179,20 @@ def find_volumes(folder: str) -> list[str]:
     if not found:
         raise UserError(f"{folder}: no volume in it or below (.nii, .nii.gz, .npy, folders of DICOM, PNG or JPEG slices)")
     return sorted(found)
+
+
+def files_below(folder: str, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) of a folder and all below it, but for hidden ones, in order. Links are followed, though not
+    round in circles (`above`: where they have led); a folder that cannot be read is an error, lest its volumes be missed."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as scanned:
+            entries = sorted((entry for entry in scanned if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); check the folder of the volumes") from None
+    yield folder, [entry.name for entry in entries if not entry.is_dir()]
+    for entry in entries:
+        if entry.is_dir():
+            yield from files_below(entry.path, above | {real})

@@ -279,6 +279,12 @@ def test_volumes_below_a_folder(tmp_path):
     nifti = save_nifti(tmp_path / "a" / "n.nii.gz", HU, lps_affine())
     assert find_volumes(str(tmp_path)) == sorted([series, bare, nifti])
     np.testing.assert_array_equal(prepare(bare, CONFIG).values, prepare(series, CONFIG).values)
+    (tmp_path / "a" / "round").symlink_to(tmp_path)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "study").symlink_to(bare)
+    found = find_volumes(str(tmp_path / "linked")), find_volumes(str(tmp_path / "a"))
+    assert found[0] == [str(tmp_path / "linked" / "study")]
+    assert {os.path.realpath(path) for path in found[1]} == {series, bare, nifti}
     before = stamp(bare)
     edited(files(bare)[0], RescaleIntercept=-1023)
     assert stamp(bare) != before and stamp(series) == stamp(series)
