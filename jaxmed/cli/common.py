@@ -60,15 +60,6 @@ def load_experiment(name_or_path: str) -> Experiment:
     return experiment
 
 
-def check_writes(experiment: Experiment, config: str, command: str) -> None:
-    """UserError for a config without a language model, where a command is about one."""
-    if experiment.task == "contrastive":
-        raise UserError(
-            f"{config}: has no language model, which jaxmed {command} is about; jaxmed inspect tells its sizes, jaxmed view "
-            "what it sees, jaxmed retrieve what it finds"
-        )
-
-
 def split_config(argv: list[str], command: str) -> tuple[str, list[str]]:
     """The CONFIG positional (first argument) and the flags after it."""
     if argv and not argv[0].startswith("-"):

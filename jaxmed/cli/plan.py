@@ -26,7 +26,8 @@ config is a flag.
 Topologies: {known}.
 
     jaxmed plan btb3d --topology v5p:2x2x4 --mesh.fsdp 8 --mesh.context 2 --out plans/btb3d
-    jaxmed plan btb3d --topology h100:2x8 --sweep --prices prices.yaml"""
+    jaxmed plan btb3d --topology h100:2x8 --sweep --prices prices.yaml
+    jaxmed plan m3d_clip --topology v5e:2x4 --mesh.fsdp 8 --data.microbatches 8 --samples 115000"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Args:
     topology: str
     """FAMILY:SIZE, such as v5p:2x2x4, v6e:4x4, 2xv5p:2x2x4 (two slices), h100:2x8 (nodes x GPUs) or cpu:8"""
     step: Literal["train", "prefill", "decode"] = "train"
-    """What is planned: an optimizer step, or generation's prompt or one token of data.batch rows"""
+    """What is planned: an optimizer step, or generation's prompt or one token of data.batch rows (not of m3d_clip: no decoder)"""
     length: int = 0
     """Tokens of a row, or slots of the cache (0: the first bucket in training, the last in generation)"""
     samples: int = 0
@@ -67,8 +68,9 @@ def run(argv: list[str]) -> int:
     from jaxmed.plan.prices import price_of, read_prices
 
     price = price_of(read_prices(args.prices), topology, args.prices) if args.prices else 0.0
-    common.check_writes(args.experiment, config, "plan")
-    found = make(args, topology, with_base(args.experiment), price)
+    if args.experiment.task == "contrastive":
+        check_pairs(args, config)
+    found = make(args, topology, with_folders(args.experiment), price)
     show(found)
     if args.out:
         save(found, args.out)
@@ -84,8 +86,20 @@ def describe(config: str) -> Experiment:
     return inspect.describe(inspect.Args(config))
 
 
-def with_base(experiment: Experiment) -> Experiment:
-    """The decoder of `model.base`, where there is one."""
+def check_pairs(args: Args, config: str) -> None:
+    """UserError where a flag asks for what a model without a language model does not have."""
+    if args.step != "train":
+        raise UserError(f"--step {args.step}: {config} has no language model and writes nothing; its one step is train")
+    if args.length:
+        raise UserError(f"--length {args.length}: {config} has texts of one length alone, that of --data.max-length")
+
+
+def with_folders(experiment: Experiment) -> Experiment:
+    """The decoder of `model.base`, where there is one; the sizes of the two encoders from their folders."""
+    if experiment.task == "contrastive":
+        from jaxmed.cli.validate_pairs import encoders_of
+
+        return encoders_of(experiment, frozenset())
     if not experiment.model.base:
         return experiment
     from jaxmed.checkpoint.hf_config import decoder_of
@@ -139,7 +153,7 @@ def show(found: dict[str, Any]) -> None:
     console.print(f"[bold]{found['topology']['name']}[/bold]: {_plain(found['verdict'])}")
     if "flags" in found:
         console.print(f"best of {len(found['sweep'])} (by the plan's own model, not compiled each): {found['flags']}")
-    memory, flops, sent, seconds = found["memory"], found["flops"], found["sent"], found["time"]
+    memory, flops, sent, seconds, unit = (found[name] for name in ("memory", "flops", "sent", "time", "unit"))
     table = _table("memory of one device", "bytes", "share")
     for name, size in memory["classes"].items():
         if size:
@@ -173,7 +187,7 @@ def show(found: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"FLOPs a step {flops['step']:.3e}, the model's {flops['model']:.3e}, ratio {flops['ratio']:.2f}; "
-        f"{seconds['tokens_per_second']:,.0f} tokens/s, {seconds['tokens_per_second_chip']:,.0f} a chip"
+        f"{seconds[f'{unit}_per_second']:,.0f} {unit}/s, {seconds[f'{unit}_per_second_chip']:,.0f} a chip"
     )
     if "hours" in seconds:
         money = f", {seconds['money']:,.2f} at {seconds['price']:g} a chip-hour" if "money" in seconds else ""

@@ -39,8 +39,8 @@ class Analysis:
     frozen_twice: float
     """Bytes one device receives if every split frozen weight comes forward and backward: 2 (n - 1) / n of them, a microbatch"""
     roofline: Roofline
-    tokens: int
-    """Of one step: rows x length in training and prefill, rows in decoding"""
+    units: int
+    """Of one step, what its speed counts: tokens (rows x length in training and prefill, rows in decoding), or pairs"""
     counted_loops: bool
     """False: the program has a loop of unknown length, counted once"""
 
@@ -85,7 +85,7 @@ def analyse(experiment: Experiment, topology: Topology, step: programs.Step, len
         least=counts.least_sent(experiment, step, length, trained, frozen),
         frozen_twice=counts.frozen_twice(experiment, step, frozen),
         roofline=roofline(topology, flops, traffic, host, by_axes, sizes),
-        tokens=experiment.data.batch * (length if step != "decode" else 1),
+        units=experiment.data.batch * (1 if step == "decode" or experiment.task == "contrastive" else length),
         counted_loops=known,
     )
 
@@ -99,5 +99,7 @@ def by_axis(sent: list[Collective]) -> dict[str, float]:
 
 
 def first_length(experiment: Experiment, step: str) -> int:
-    """The shortest bucket, which is what most rows have; generation: the longest."""
+    """The shortest bucket, which is what most rows have; generation: the longest. Texts of pairs are all of one length."""
+    if experiment.task == "contrastive":
+        return experiment.data.max_length
     return experiment.data.buckets[0] if step == "train" else experiment.data.buckets[-1]

@@ -12,11 +12,16 @@ import jax.numpy as jnp
 
 from jaxmed.config import Experiment
 from jaxmed.models.decoder import padded_vocab
-from jaxmed.train.flops import step_flops, weight_counts
+from jaxmed.train.flops import pair_flops, step_flops, weight_counts
+
+TABLES = ("words", "positions", "types")
+"""Parameters of encoders of which rows are taken"""
 
 
 def model_flops(experiment: Experiment, step: str, length: int, trained: dict, frozen: dict) -> float:
-    """Of all devices, without recomputation; rows are taken to be full. An image tower's are not in it (see tower_flops)."""
+    """Of all devices, without recomputation; rows are taken to be full."""
+    if experiment.task == "contrastive":
+        return experiment.data.batch * pair_flops(experiment)
     decoder, rows = experiment.model.decoder, experiment.data.batch
     in_trained, in_frozen = weight_counts(trained, frozen)
     if step == "train":
@@ -50,12 +55,15 @@ def least_sent(experiment: Experiment, step: str, length: int, trained: dict, fr
     context   keys and values of a layer once a pass that computes attention, and their gradients back
     tensor    sums over [B, T, D] a layer: two forward, two backward, one more where attention's output is recomputed
     data      gradients of the trainables
+
+    Of pairs every weight is trained, and comes once more where vectors are made without gradients first (a table of tokens or
+    positions is not needed backward).
     """
     mesh, decoder, data = experiment.mesh, experiment.model.decoder, experiment.data
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "context": mesh.context, "tensor": mesh.tensor}
     share = {axis: (n - 1) / n for axis, n in sizes.items()}
-    training = step == "train"
-    passes = 2 if training else 1
+    training, pairs = step == "train", experiment.task == "contrastive"
+    passes = (3 if pairs and data.microbatches > 1 else 2) if training else 1
     sent: Counter[str] = Counter()
     for path, leaf in frozen.items():
         if _split(leaf, "fsdp"):
@@ -64,14 +72,18 @@ def least_sent(experiment: Experiment, step: str, length: int, trained: dict, fr
     recomputed = training and experiment.train.remat == "full"
     rows, width = data.batch / (sizes["data"] * sizes["fsdp"]), jnp.dtype(experiment.model.dtype).itemsize
     if training:
-        for leaf in trained.values():
+        for path, leaf in trained.items():
             whole = _local(leaf) * (sizes["fsdp"] if _split(leaf, "fsdp") else 1)
             if _split(leaf, "fsdp"):  # gathered in the computation's dtype forward and backward, gradients scattered
-                sent["fsdp"] += share["fsdp"] * whole * (2 * width / 4 * data.microbatches + 1)
+                times = (passes - (path[-1] in TABLES)) * data.microbatches
+                sent["fsdp"] += share["fsdp"] * whole * (times * width / 4 + 1)
             else:
                 sent["fsdp"] += 2 * share["fsdp"] * whole
             for axis in ("data", "context"):
                 sent[axis] += 2 * share[axis] * _local(leaf)
+    if pairs:
+        return {axis: sent[axis] for axis in ("data", "fsdp") if sizes[axis] > 1}
+    if training:
         keys = 2 * rows * length * decoder.kv_heads * decoder.head_dim / sizes["tensor"] * width
         sent["context"] += share["context"] * keys * decoder.layers * (2 + recomputed)
     tokens = rows * (length if step != "decode" else 1) / (sizes["context"] if training else 1)

@@ -82,7 +82,7 @@ def is_kernel(eqn: Any) -> bool:
 
 
 def kernel_flops(eqn: Any) -> float:
-    """Of an attention kernel, by formula: half of the square of each product (the causal mask leaves the other half out).
+    """Of an attention kernel, by formula: the square of each product, or half of it where a mask by order leaves the rest out.
 
     Forward are two products of queries and keys; backward five, in one kernel or as three for dq and four for dk and dv.
     """
@@ -97,7 +97,15 @@ def kernel_flops(eqn: Any) -> float:
         rows, heads, width, length, keys = q[0], q[2], q[3], q[1], k[1]
     else:  # [..., heads, T, width]
         rows, heads, width, length, keys = math.prod(q[:-3]), q[-3], q[-1], q[-2], k[-2]
-    return products * 2.0 * rows * heads * length * keys * width / 2
+    return products * 2.0 * rows * heads * length * keys * width / (2 if _ordered(eqn) else 1)
+
+
+def _ordered(eqn: Any) -> bool:
+    """Whether an attention kernel looks at the order of tokens (causal, a window). cuDNN's says so; splash then has indices of
+    the queries as an input, beside the segments, which come in pairs."""
+    if "mask_type" in eqn.params:
+        return "CAUSAL" in str(eqn.params["mask_type"])
+    return sum(getattr(v.aval, "dtype", None) == jnp.int32 for v in eqn.invars) % 2 == 1
 
 
 def source(eqn: Any) -> str:

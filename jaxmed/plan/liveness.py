@@ -160,6 +160,7 @@ class Machine:
             return self.run(getattr(inner, "jaxpr", inner), self._pass_on(eqn.invars, read, dying, env), written=not self.fuses)
         if name == "cond":
             return self.branch(eqn, read)
+        cuts = name == "reshard" and not gathers(eqn) and nbytes(eqn.outvars[0].aval) < nbytes(eqn.invars[0].aval)
         if (name == "reshard" and not gathers(eqn)) or not all(explicit(v.aval) for v in eqn.outvars):
             name = "reshape"
         fetched = name == "device_put" and on_host(eqn.invars[0].aval)
@@ -170,7 +171,7 @@ class Machine:
             if not writes:
                 sources = tuple(dict.fromkeys(b for v in read for b in v.buffers))
                 viewed = name in VIEWS or (name == "convert_element_type" and _is_cast(read[0], out))
-                ready = viewed and all(v.ready for v in read)
+                ready = viewed and not cuts and all(v.ready for v in read)  # a shard of a whole array is copied out of it
                 read_size = sum(nbytes(v.aval) for v in eqn.invars)
                 size = min(nbytes(out.aval), read_size) if name == "broadcast_in_dim" else nbytes(out.aval)
                 made.append(self.hold(Value(sources, weight, ready, size, (eqn, out))))

@@ -7,7 +7,7 @@ batch              the step's inputs
 cache              keys and values (generation)
 activations        what the forward pass keeps for the backward pass, by the remat policy
 gathered weights   whole copies of split weights, one layer's at a time, and casts of weights
-logits             scores over the vocabulary, of a chunk of positions
+logits             scores over the vocabulary, of a chunk of positions; of pairs, of all with all
 gradients          of the trainables
 working set        everything else that lives at the worst moment: one layer's values, attention's running sums
 compiler           what a compiler adds by itself, as a share of the sum: a cap, not a remainder
@@ -64,22 +64,22 @@ class Memory:
 
 def estimate(program: Program, experiment: Experiment, platform: str) -> Memory:
     jaxpr = program.traced.jaxpr.jaxpr
-    model = experiment.model
-    vocab = padded_vocab(model.decoder.vocab + len(model.added_tokens))
+    vocab = padded_vocab(experiment.model.decoder.vocab + len(experiment.model.added_tokens))
     trained = {v.aval.shape for v, c in zip(jaxpr.invars, program.classes, strict=True) if c == "trainable"}
-    layers = model.decoder.layers
+    depths, around = stacks(experiment), int("trainable" in program.classes and experiment.data.microbatches > 1)
+    pairs = (experiment.data.batch, experiment.data.batch) if experiment.task == "contrastive" else None
     generates = "trainable" not in program.classes
     cached = {s for v in jaxpr.outvars if generates and len(v.aval.shape) > 3 for s in (v.aval.shape, local_shape(v.aval))}
 
     def label(eqn: Any, out: Any, machine: Machine) -> str:
         shape = out.aval.shape
-        if len(shape) > 1 and (shape[-1] == vocab or (shape[0] == vocab and len(shape) == 2)):
+        if shape == pairs or (len(shape) > 1 and (shape[-1] == vocab or (shape[0] == vocab and len(shape) == 2))):
             return "logits"
         if shape in cached:
             return "cache"
-        if eqn.primitive.name == "scan" and machine.loops == 0 and shape[:1] == (layers,) and shape not in trained:
+        if eqn.primitive.name == "scan" and machine.loops == around and shape[:1] in depths and shape not in trained:
             return "activations"
-        if shape in trained or (machine.loops and (layers, *shape) in trained):
+        if shape in trained or (machine.loops and any((*depth, *shape) in trained for depth in depths)):
             return "gradients"
         return "working set"
 
@@ -96,6 +96,15 @@ def estimate(program: Program, experiment: Experiment, platform: str) -> Memory:
     classes = {name: machine.peak.classes.get(name, 0) for name in CLASSES}
     classes["compiler"] = 0 if alone else round(COMPILER_SHARE[platform] * sum(classes.values()))
     return Memory(classes, machine.peak.largest, kept_on_host(jaxpr))
+
+
+def stacks(experiment: Experiment) -> set[tuple[int]]:
+    """Leading axes of what the loops over layers stack up."""
+    tower = experiment.model.tower.blocks
+    if experiment.task == "contrastive":
+        return {(tower,), (experiment.contrastive.text.layers,)}
+    trained = experiment.has_tower and experiment.train.train_tower
+    return {(experiment.model.decoder.layers,)} | ({(tower,)} if trained else set())
 
 
 def kept_on_host(jaxpr: Any) -> int:

@@ -32,8 +32,11 @@ def offence(experiment: Experiment, shape: Shape) -> str:
 
 
 def legal_meshes(experiment: Experiment, topology: Topology) -> list[Shape]:
-    """All meshes of the topology's devices over which the config divides and along which its slices can lie."""
+    """All meshes of the topology's devices over which the config divides and along which its slices can lie; of a contrastive
+    model those that split it, along data and fsdp alone."""
     shapes = (shape for shape in _shapes(topology.count) if across_slices(shape, topology.slices))
+    if experiment.task == "contrastive":
+        shapes = (shape for shape in shapes if shape[2] * shape[3] == 1)
     return [shape for shape in shapes if not offence(experiment, shape)]
 
 

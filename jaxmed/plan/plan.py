@@ -12,7 +12,7 @@ from jaxmed.plan.lowering import Compiled, compile_step
 from jaxmed.plan.roofline import dcn_share
 from jaxmed.plan.sent import Collective
 from jaxmed.plan.topology import Topology
-from jaxmed.sharding import AXES
+from jaxmed.sharding import AXES, mesh_notices
 
 
 def make_plan(
@@ -38,6 +38,7 @@ def make_plan(
         "fits": fits,
         "topology": {"name": topology.name, "chip": topology.chip.kind, "chips": topology.chips, "devices": topology.count},
         "step": step,
+        "unit": unit(experiment),
         "length": length,
         "mesh": dict(zip(AXES, _mesh(experiment), strict=True)),
         "memory": memory_part(found, compiled, topology),
@@ -47,6 +48,11 @@ def make_plan(
         "warnings": warnings(experiment, topology, found, compiled),
         "config": to_dict(experiment),
     }
+
+
+def unit(experiment: Experiment) -> str:
+    """What a step's speed counts."""
+    return "pairs" if experiment.task == "contrastive" else "tokens"
 
 
 def _mesh(experiment: Experiment) -> tuple[int, int, int, int]:
@@ -133,8 +139,8 @@ def time_part(
         "least": line.least,
         "expected": line.expected,
         "mfu": found.mfu(topology),
-        "tokens_per_second": found.tokens / line.expected,
-        "tokens_per_second_chip": found.tokens / line.expected / topology.chips,
+        f"{unit(experiment)}_per_second": found.units / line.expected,
+        f"{unit(experiment)}_per_second_chip": found.units / line.expected / topology.chips,
     }
     train, data = experiment.train, experiment.data
     steps = train.steps or math.ceil(train.epochs * samples / data.batch)
@@ -148,6 +154,7 @@ def time_part(
 
 def warnings(experiment: Experiment, topology: Topology, found: Analysis, compiled: Compiled | None) -> list[str]:
     notes = list(compiled.notes) if compiled else []
+    notes += mesh_notices(experiment, dict(zip(AXES, _mesh(experiment), strict=True)))
     if not found.counted_loops:
         notes.append("the program has a loop whose length is not known; it is counted once")
     if topology.slices > experiment.mesh.data:

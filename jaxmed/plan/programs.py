@@ -1,6 +1,6 @@
 """The programs that a plan is about, traced with abstract arrays from the config alone: no data, no weights, no devices.
 
-    train     one optimizer step (jaxmed.train.step), as `jaxmed train` runs it
+    train     one optimizer step (jaxmed.train.step), as `jaxmed train` runs it, over texts or over pairs of volumes and texts
     prefill   a prompt of a whole bucket into an empty cache, and the logits of its last position
     decode    one token with a cache of the bucket's length
 
@@ -25,11 +25,23 @@ from jaxmed.models.decoder import empty_cache
 from jaxmed.models.vlm import Vlm
 from jaxmed.nn.attention import layout_for
 from jaxmed.nn.cache import last_token
-from jaxmed.sharding import AXES, Rules, batch_specs, generation_rules, like, replicated, state_specs, to_shardings, whole_rows
+from jaxmed.sharding import (
+    AXES,
+    Rules,
+    batch_specs,
+    generation_rules,
+    like,
+    pair_specs,
+    replicated,
+    state_specs,
+    to_shardings,
+    whole_rows,
+)
 from jaxmed.train.init import abstract_state, blueprint, flatten
 from jaxmed.train.optim import make_optimizer
-from jaxmed.train.step import TokenCrossEntropy, make_step
-from jaxmed.types import Batch, KVCache
+from jaxmed.train.step import make_step
+from jaxmed.train.tasks import task_of
+from jaxmed.types import Batch, KVCache, Padding, PairBatch
 
 Step = Literal["train", "prefill", "decode"]
 AnyMesh = Mesh | AbstractMesh
@@ -57,7 +69,7 @@ def abstract_mesh(shape: Sequence[int], platform: str) -> AbstractMesh:
     return AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES), abstract_device=device)
 
 
-def abstract_batch(experiment: Experiment, mesh: AnyMesh, rules: Rules, rows: int, length: int) -> Batch:
+def abstract_batch(experiment: Experiment, mesh: AnyMesh, rules: Rules, rows: int, length: int, padding: Padding) -> Batch:
     """Shapes and shardings of a batch of one bucket."""
     data, visual = experiment.data, experiment.visual
     order = "balanced" if rules.length and mesh.shape["context"] > 1 else "natural"
@@ -70,15 +82,32 @@ def abstract_batch(experiment: Experiment, mesh: AnyMesh, rules: Rules, rows: in
         "image_token_mask": ((rows, images, visual.tokens), jnp.bool),
         "image_grid": ((rows, images, 3), jnp.int32),
     }
-    placed = to_shardings(batch_specs(rules, order, image_ndim(visual)), mesh)
+    placed = to_shardings(batch_specs(rules, order, image_ndim(visual), padding), mesh)
     leaves = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(placed, name)) for name, (shape, dtype) in described.items()
     }
-    return Batch(**leaves, order=order)
+    return Batch(**leaves, order=order, padding=padding)
+
+
+def abstract_pairs(experiment: Experiment, mesh: AnyMesh, rules: Rules) -> PairBatch:
+    """Shapes and shardings of a batch of pairs."""
+    data = experiment.data
+    texts = ((data.batch, data.max_length), jnp.int32)
+    described = {
+        "images": ((data.batch, *experiment.visual.volume, 1), jnp.dtype(experiment.model.dtype)),
+        "tokens": texts,
+        "mask": texts,
+        "samples": ((data.batch,), jnp.int32),
+    }
+    placed = to_shardings(pair_specs(rules), mesh)
+    leaves = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=getattr(placed, name)) for name, (shape, dtype) in described.items()
+    }
+    return PairBatch(**leaves)
 
 
 def trace(experiment: Experiment, mesh: AnyMesh, step: Step, length: int, platform: str) -> Program:
-    """`length`: a bucket of training, a prompt's bucket, or the cache's slots."""
+    """`length`: a bucket of training (of pairs: of their texts), a prompt's bucket, or the cache's slots."""
     with described_cudnn() if platform == "cuda" else contextlib.nullcontext():
         if step == "train":
             return train_step(experiment, mesh, length)
@@ -99,9 +128,11 @@ def described_cudnn() -> Iterator[None]:
 
 def train_step(experiment: Experiment, mesh: AnyMesh, length: int) -> Program:
     plan = blueprint(experiment, mesh)
-    batch = abstract_batch(experiment, mesh, plan.rules, experiment.data.batch, length)
-    objective = TokenCrossEntropy(plan.graphdef, plan.rules, experiment)
-    step = make_step(objective, experiment, make_optimizer(experiment.optim, 1000, plan.trainable))
+    if experiment.task == "contrastive":
+        batch = abstract_pairs(experiment, mesh, plan.rules)
+    else:
+        batch = abstract_batch(experiment, mesh, plan.rules, experiment.data.batch, length, "right")
+    step = make_step(task_of(plan).objective, experiment, make_optimizer(experiment.optim, 1000, plan.trainable))
     state = abstract_state(plan)
     traced = step.trace(state, plan.frozen, batch)
     labelled = [
@@ -127,12 +158,12 @@ def generation(experiment: Experiment, mesh: AnyMesh, step: Step, length: int, p
     )
     decoder, rows = merged.model.decoder, experiment.data.batch
     if step == "prefill":
-        batch = abstract_batch(merged, mesh, rules, rows, length)
+        batch = abstract_batch(merged, mesh, rules, rows, length, "either")
 
         def prefill(params: Any, batch: Batch) -> tuple[jax.Array, KVCache]:
             model = nnx.merge(graphdef, params)
             cache = empty_cache(decoder, rows, length, dtype, split, rules)
-            layout = layout_for(merged.train, batch.order, packed=False)
+            layout = layout_for(merged.train, batch, packed=False)
             hidden, cache = model.decoder.prefill(
                 model.embed(batch, rules), batch.positions, batch.segment_ids, cache, layout, rules
             )

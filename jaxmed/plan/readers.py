@@ -42,6 +42,15 @@ def cast_before(jaxpr: Any) -> dict[Any, int]:
     return {v: size for v, size in found if 0 < size < nbytes(v.aval)}
 
 
+def casts(jaxpr: Any) -> dict[Any, int]:
+    """`cast_before` of a jaxpr and of all inside it."""
+    found = cast_before(jaxpr)
+    for eqn in jaxpr.eqns:
+        for inner in inner_jaxprs(eqn):
+            found |= casts(getattr(inner, "jaxpr", inner))
+    return found
+
+
 def _cast_to(v: Any, jaxpr: Any) -> int:
     """Bytes of what all readers of a variable cast it to, inside loops and calls too; 0 where one reads it as it is."""
     readers = [eqn for eqn in jaxpr.eqns if any(x is v for x in eqn.invars)]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxmed.plan.jaxprs import Equation, equations, explicit, gathers, nbytes, spec_axes, unreduced
+from jaxmed.plan.readers import casts
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,11 @@ def stated(jaxpr: Any, sizes: Mapping[str, int], parameters: set[tuple], folds: 
     """The collectives that a jaxpr states: manual ones, changes of sharding, and sums over split dimensions.
 
     sizes: of the mesh axes; parameters: shapes of gathered weights, so that those are known as such; folds: whether a sum over
-    several split dimensions is one collective (TPUs' compiler joins what the partitioner makes of each, CPUs' does not).
+    several split dimensions is one collective, and what is read in a narrower type alone is cast before it is gathered
+    (TPUs' compiler joins what the partitioner makes of each, and casts; CPUs' does neither).
     """
     found = []
+    cast = casts(jaxpr) if folds else {}
     laid_out: dict[
         int, Any
     ] = {}  # id of what leaves the explicit axes for an operation with an out_sharding -> as it was before
@@ -79,7 +82,7 @@ def stated(jaxpr: Any, sizes: Mapping[str, int], parameters: set[tuple], folds: 
             if not axes:
                 continue
             n = math.prod(sizes[a] for a in axes)
-            sent = wire_bytes(kind, n, whole)
+            sent = wire_bytes(kind, n, cast.get(equation.eqn.outvars[0], whole) if kind == "all-gather" else whole)
             weight = tuple(aval.shape) in parameters and kind in ("all-gather", "all-to-all")
             found.append(
                 Collective(kind, axes, sent, equation.times, equation.source, str(aval.dtype), tuple(aval.shape), weight)

@@ -17,6 +17,8 @@ from jaxmed.plan.topology import Topology
 from jaxmed.plan.verdict import COMFORT
 
 POLICIES = ("full", "attention", "offload", "none")
+PIECES = {"tokens": (1, 2, 4, 8), "contrastive": (1, 2, 4, 8, 16, 32)}
+"""Microbatches, by task: pairs are told from each other in batches of hundreds"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def variants(experiment: Experiment, topology: Topology, step: str) -> Iterator[
                 yield with_mesh(experiment, shape)
         return
     batch = experiment.data.batch
-    for pieces in (n for n in (1, 2, 4, 8) if batch % n == 0):
+    for pieces in (n for n in PIECES[experiment.task] if batch % n == 0):
         cut = replace_field(experiment, "data.microbatches", pieces)
         for shape in legal_meshes(cut, topology):
             for policy in (p for p in POLICIES if p != "offload" or topology.chip.platform != "cpu"):

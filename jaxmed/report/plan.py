@@ -31,7 +31,7 @@ def write_plan(path: str | Path, plan: dict[str, Any]) -> None:
         path,
         "plan.jinja",
         title=f"Plan of a {plan['step']} step on {plan['topology']['name']}",
-        subtitle=f"{plan['topology']['chips']} chips, {plan['topology']['chip']}; rows of {plan['length']:,} tokens",
+        subtitle=f"{plan['topology']['chips']} chips, {plan['topology']['chip']}; {_rows(plan)}",
         facts=_facts(plan),
         verdict=plan["verdict"][:1].upper() + plan["verdict"][1:],
         fits=plan["fits"],
@@ -55,13 +55,23 @@ def write_plan(path: str | Path, plan: dict[str, Any]) -> None:
     )
 
 
+def _rows(plan: dict[str, Any]) -> str:
+    """What a step has."""
+    config, length = plan["config"], f"{plan['length']:,} tokens"
+    if plan["unit"] == "tokens":
+        return f"rows of {length}"
+    volume, pieces = " × ".join(str(n) for n in config["visual"]["volume"]), config["data"]["microbatches"]
+    chunks = f" in {pieces} chunks" if pieces > 1 else ""
+    return f"{config['data']['batch']:,} pairs{chunks}: volumes of {volume} voxels, texts of {length}"
+
+
 def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    time, flops = plan["time"], plan["flops"]
+    time, flops, unit = plan["time"], plan["flops"], plan["unit"]
     facts = [
         ("Mesh", ", ".join(f"{name} {size}" for name, size in plan["mesh"].items())),
         ("Expected step", f"{time['expected']:.3f} s, bound by {time['bound']}"),
         ("Expected MFU", f"{time['mfu']:.0%}"),
-        ("Tokens a second", f"{time['tokens_per_second']:,.0f}"),
+        (f"{unit.capitalize()} a second", f"{time[f'{unit}_per_second']:,.0f}"),
         ("FLOPs over the model's", f"{flops['ratio']:.2f}"),
     ]
     if plan["sent"]["dcn"]:

@@ -77,10 +77,3 @@ def test_refusals(flags, model, message, tmp_path: Path, capsys: pytest.CaptureF
     assert retrieve(*flags, "--out", str(tmp_path / "o.json"), model=GOLDEN / model) == 2
     error = capsys.readouterr().err
     assert message in error and not (tmp_path / "o.json").exists()
-
-
-@pytest.mark.parametrize("command", ["plan", "preview"])
-def test_commands_about_language_models_say_so(command: str, capsys: pytest.CaptureFixture[str]):
-    flags = ["--topology", "v5p:2x2x1", "--no-compile"] if command == "plan" else []
-    assert main.run([command, "m3d_clip", *flags]) == 2
-    assert "m3d_clip: has no language model" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import importlib.util
 import jax
 import pytest
 from small import small
+from small_pairs import PATCHES, TOWER, small_pairs
 
 from jaxmed._configs import btb3d
 from jaxmed.config import MeshConfig
@@ -65,6 +66,17 @@ def test_microbatches_divide_activations():
     whole = classes(small(mesh=(1, 2, 2, 2), rows=8))[0]
     cut = classes(small(mesh=(1, 2, 2, 2), rows=8, microbatches=4))[0]
     assert cut["activations"] + cut["working set"] < 0.4 * (whole["activations"] + whole["working set"])
+
+
+def test_pairs_keep_one_towers_streams_of_one_microbatch():
+    """The text encoder's are gone where the tower's gradients are made; state is counted to the byte here too."""
+    whole, (trained, frozen) = classes(small_pairs(rows=30), platform="cpu")
+    cut, _ = classes(small_pairs(rows=10, microbatches=3), platform="cpu")
+    assert not frozen and whole["trainable"] == device_bytes(trained)
+    stream = TOWER.layers * (PATCHES + 1) * TOWER.width * 4
+    assert whole["activations"] == 30 * stream and cut["activations"] == 10 * stream
+    assert whole["batch"] == cut["batch"] and cut["working set"] < 0.5 * whole["working set"]
+    assert classes(small_pairs(rows=30, remat="none"), platform="cpu")[0]["activations"] > 10 * whole["activations"]
 
 
 @pytest.mark.parametrize("step", ["prefill", "decode"])

@@ -1,8 +1,10 @@
 """`jaxmed plan` as a person runs it."""
 
 import json
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,11 @@ def get_config():
         data=dataclasses.replace(config.data, batch=4, buckets=(512,), supervised=48),
         visual=dataclasses.replace(config.visual, tokens=300, grid=(3, 10, 10)),
     )
+"""
+
+PAIRS = """
+def get_config():
+    return small_pairs((1, 1, 1, 1), rows=4)
 """
 
 
@@ -72,6 +79,34 @@ def test_without_compiling_it_takes_a_moment_and_saves_a_page(config, tmp_path, 
     assert page.count("data:image/png;base64,") == 3 and "gathered weights" in page
 
 
+def test_pairs_are_planned_from_the_shipped_config(tmp_path, capsys):
+    argv = ["m3d_clip", "--topology", "v5e:2x4", "--no-compile", "--mesh.fsdp", "8", "--samples", "1000"]
+    code, out, err = plan([*argv, "--data.microbatches", "8", "--out", str(tmp_path / "out")], capsys)
+    assert code == 0, err
+    assert out.splitlines()[0].startswith("v5e:2x4: fits: ") and " pairs/s" in out and "tokens/s" not in out
+    found = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert found["unit"] == "pairs" and found["time"]["steps"] == math.ceil(100 * 1000 / 256)
+    assert found["time"]["pairs_per_second"] == pytest.approx(256 / found["time"]["expected"])
+    assert found["flops"]["over_policy"] == pytest.approx(1, abs=1e-3) and found["memory"]["classes"]["frozen"] == 0
+    assert found["memory"]["classes"]["batch"] == 32 * (32 * 256 * 256 * 2 + 2 * 512 * 4 + 4)
+    page = (tmp_path / "out" / "plan.html").read_text()
+    assert "256 pairs in 8 chunks: volumes of 32 × 256 × 256 voxels, texts of 512 tokens" in page and "Pairs a second" in page
+
+
+def test_a_sweep_over_pairs_splits_rows_and_weights_alone(tmp_path, capsys):
+    config = tmp_path / "pairs.py"
+    config.write_text(
+        f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nfrom small_pairs import small_pairs\n" + PAIRS
+    )
+    argv = [str(config), "--topology", "v5e:1x2", "--no-compile", "--sweep", "--out", str(tmp_path / "out")]
+    code, out, err = plan(argv, capsys)
+    assert code == 0, err
+    tried = json.loads((tmp_path / "out" / "plan.json").read_text())["sweep"]
+    assert {tuple(c["mesh"]) for c in tried} == {(1, 2, 1, 1), (2, 1, 1, 1)} and {c["microbatches"] for c in tried} == {1, 2}
+    code, out, err = plan([*argv[:4], "--mesh.data", "1", "--mesh.context", "2"], capsys)
+    assert code == 0 and "mesh.context and mesh.tensor split nothing" in out, err
+
+
 def test_a_sweep_names_the_best_with_flags_to_paste(config, tmp_path, capsys):
     argv = [config, "--topology", "v5e:2x2", "--no-compile", "--sweep", "--data.batch", "1", "--out", str(tmp_path / "out")]
     code, out, err = plan(argv, capsys)
@@ -110,6 +145,14 @@ def test_what_does_not_fit_says_by_how_much_and_what_helps(capsys):
 def test_bad_input_is_one_clear_error(config, capsys, flags, words):
     code, _, err = plan([config, *flags], capsys)
     assert code in (1, 2) and words in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [(["--step", "decode"], "its one step is train"), (["--length", "64"], "--data.max-length")]
+)
+def test_pairs_have_no_prompts_and_one_length(capsys, flags, words):
+    code, _, err = plan(["m3d_clip", "--topology", "v5e:2x4", "--no-compile", *flags], capsys)
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1
 
 
 def test_prices_must_be_numbers_and_know_the_family(config, tmp_path, capsys):

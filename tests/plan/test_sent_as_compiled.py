@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 from small import small
+from small_pairs import ENCODER, PATCHES, SHARED, TEXT, TOWER, small_pairs
 
 import jaxmed
 from jaxmed.plan import collectives, hlo, programs
@@ -48,6 +49,16 @@ def step(shape, remat="full", microbatches=1, trainable="adapter", what="train")
         train=dataclasses.replace(experiment.train, trainable=trainable),
         data=dataclasses.replace(experiment.data, supervised=M),
     )
+    return planned_and_compiled(experiment, what)
+
+
+@cache
+def step_of_pairs(shape, microbatches):
+    """The same of the contrastive step."""
+    return planned_and_compiled(small_pairs(shape, microbatches=microbatches), "train")
+
+
+def planned_and_compiled(experiment, what):
     mesh = make_mesh(experiment.mesh)
     sizes = dict(mesh.shape)
     with jax.set_mesh(mesh):
@@ -59,16 +70,18 @@ def step(shape, remat="full", microbatches=1, trainable="adapter", what="train")
 
 
 def totals(found):
-    """Bytes one device sends by kind and mesh axes; apart, those that say whose keys these are."""
+    """Bytes one device sends by kind and mesh axes; apart, those that say whose keys these are, or which pairs are there."""
     sums = Counter()
     for c in found:
         marks = c.axes == ("context",) and c.kind == "all-gather" and c.dtype in ("int32", "s32")
+        marks |= c.kind == "all-gather" and c.dtype in ("bool", "pred")
         sums["marks" if marks else (c.kind, c.axes)] += c.total
     return dict(sums)
 
 
 def same_bytes(planned, compiled):
-    """To the byte, but for positions and segments over context: XLA takes their gathers out of the loop over layers."""
+    """To the byte, but for positions and segments over context: XLA takes their gathers out of the loop over layers; and for
+    which pairs are there, which is asked twice and comes once."""
     planned, compiled = totals(planned), totals(compiled)
     each, once = planned.pop("marks", 0), compiled.pop("marks", 0)
     assert planned == compiled
@@ -90,6 +103,21 @@ def test_so_it_does_in_generation(shape, what):
 @pytest.mark.parametrize(("shape", "settings"), MORE, ids=str)
 def test_so_it_does_with_other_policies(shape, settings):
     same_bytes(*step(shape, **settings))
+
+
+PAIRS = [
+    ((2, 4, 1, 1), 2),
+    pytest.param((1, 8, 1, 1), 1, marks=pytest.mark.slow),
+    pytest.param((8, 1, 1, 1), 3, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("shape", "microbatches"), PAIRS)
+def test_so_it_does_with_pairs(shape, microbatches):
+    """Weights that no layer has come once for all microbatches: XLA takes their gathers out of that loop."""
+    planned, compiled = step_of_pairs(shape, microbatches)
+    lone = [c.kind == "all-gather" and c.times == microbatches for c in planned]
+    same_bytes([dataclasses.replace(c, times=1.0) if once else c for c, once in zip(planned, lone, strict=True)], compiled)
 
 
 # -- a reason for each ------------------------------------------------------------------------------------------------------
@@ -186,3 +214,50 @@ def test_training_everything_does_send_gradients_of_weights():
     known = reasons((1, 2, 2, 2))
     sums = [c for c in step((1, 2, 2, 2), trainable="all")[1] if c.kind == "all-reduce" and not reason(c, known)]
     assert known["frozen weights"][2] <= {c.shape for c in sums}
+
+
+def reasons_of_pairs(pairs):
+    """The same of the contrastive step; `pairs` of all devices."""
+    rows = {("data",), ("fsdp",), ("data", "fsdp")}
+    d, f, e, g, p = TOWER.width, TOWER.mlp, ENCODER.width, ENCODER.mlp, SHARED
+    matrices = {
+        (d, d),
+        (f, d),
+        (d, f),
+        (e, e),
+        (g, e),
+        (e, g),
+        (p, d),
+        (p, e),
+    }  # a patch has as many numbers as the tower is wide
+    rowed = {(PATCHES, d), (ENCODER.vocab, e), (ENCODER.positions, e), (ENCODER.types, e)}
+    towers = {(d,), (e,)}
+    linear = {("nn/linear.py", name) for name in ("plain", "__call__")}
+    loss = {("models/contrastive.py", name) for name in ("losses", "products")}
+    loss |= {("train/contrastive.py", name) for name in ("_loss", "_metrics", "value_and_grad")}
+    tables = {("models/vit.py", "embed"), ("models/text_encoder.py", "embed")}
+    return {
+        "weights": ("all-gather", {("fsdp",)}, matrices | rowed | towers, {("nn/param.py", "gathered")}),
+        "vectors, to be told from all": ("all-gather", rows, {(pairs, p)}, loss),
+        "which pairs are there": ("all-gather", rows, {(pairs,)}, loss),
+        "gradients of vectors": ("all-reduce", rows, {(pairs, p)}, loss),
+        "gradients of products": ("all-reduce", rows, matrices, linear),
+        "gradients of biases": ("all-reduce", rows, towers | {(f,), (g,), (p,)}, linear),
+        "gradients of norms": ("all-reduce", rows, towers, {("nn/norm.py", "__call__")}),
+        "gradients of words": ("all-reduce", rows, {(ENCODER.vocab, e)}, tables),
+        "gradients of positions": ("all-reduce", rows, {(PATCHES + 1, d), (TEXT, e)}, tables),
+        "sums of the loss": ("all-reduce", rows, {()}, loss),
+        "norm of the gradient": ("all-reduce", {("fsdp",)}, {()}, {("_tree_math.py", "")}),
+    }
+
+
+@pytest.mark.parametrize(("shape", "microbatches"), PAIRS)
+def test_every_collective_between_pairs_has_a_reason(shape, microbatches):
+    known, counted, unknown = reasons_of_pairs(3 * 8 * microbatches), Counter(), []
+    for c in step_of_pairs(shape, microbatches)[1]:
+        fits = reason(c, known)
+        unknown += [] if fits else [(c.kind, c.axes, c.shape, c.source)]
+        counted.update(dict.fromkeys(fits, c.times))
+    assert not unknown
+    assert counted["vectors, to be told from all"] == counted["gradients of vectors"] == 2, "of volumes, of texts: once a step"
+    assert counted["gradients of words"] == microbatches
