@@ -5,6 +5,14 @@ import shutil
 import pytest
 from small_data import make_records, make_volumes
 
+from jaxmed.data import inputs
+
+
+@pytest.fixture(autouse=True)
+def nothing_told_yet(monkeypatch):
+    """A process tells only so many notices, each once."""
+    monkeypatch.setattr(inputs, "_NOTICES", inputs._Notices())
+
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
