@@ -93,7 +93,7 @@ class Slice:
 def series_slices(folder: str, series: str) -> tuple[list[Slice], list[str]]:
     """The slices of the folder's one series, or of the one that `series` names, and what was left out, in words."""
     try:
-        paths = sorted(entry.path for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
+        paths = sorted(entry.path for entry in os.scandir(folder) if not (entry.is_dir() or entry.name.startswith(".")))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); check the folder of the volumes") from None
     heads = {path: _dataset(path) for path in paths}

@@ -63,7 +63,7 @@ def kind_of(path: str) -> Kind:
 
 def _kind_of_folder(path: str) -> Kind:
     with os.scandir(path) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in entries if not (entry.is_dir() or entry.name.startswith(".")))
     if any(name.lower().endswith(DICOM_ENDINGS) for name in names):
         return "dicom"
     # pictures may lie beside a series whose files have no ending, never the other way round
@@ -158,7 +158,7 @@ def stamp(path: str) -> tuple[int, int]:
         digest = hashlib.sha256()
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                status = entry.stat()
+                status = entry.stat(follow_symlinks=os.path.exists(entry.path))  # what a link leads to may be gone
                 digest.update(f"{entry.name} {status.st_size} {status.st_mtime_ns}\n".encode())
         return int.from_bytes(digest.digest()[:6], "big"), int.from_bytes(digest.digest()[6:12], "big")
     except OSError:

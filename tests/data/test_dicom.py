@@ -271,6 +271,20 @@ def test_slices_that_were_copied_in_part(tmp_path):
     refused(folder, f"{os.path.basename(path)}: is cut short; copy it again")
 
 
+def test_links_to_slices_that_are_not_there(tmp_path):
+    folder = save_dicom(tmp_path / "d", HU)
+    first, *_, last = files(folder)
+    before = stamp(folder)
+    os.rename(last, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", last)
+    assert check_header(folder, CONFIG) == ""
+    os.unlink(tmp_path / "elsewhere")
+    refused(folder, f"{os.path.basename(last)}: not a readable DICOM file .*No such file")
+    gone = stamp(folder)
+    os.unlink(first)
+    assert len({before, gone, stamp(folder), (0, 0)}) == 4
+
+
 def test_volumes_below_a_folder(tmp_path):
     series = save_dicom(tmp_path / "a" / "series", HU)
     bare = save_dicom(tmp_path / "b", HU)
