@@ -19,6 +19,9 @@ from jaxmed.evaluate import studies as pairing
 from jaxmed.evaluate.compare import Comparison, Run
 from jaxmed.report import comparison, evaluation
 
+_LABEL = 12
+"""Characters of a score's name in a line of the table, which then fits into 80 columns"""
+
 
 def compare(args: Args) -> list[Comparison]:
     """Scores all files on the studies that they share, writes three files and prints a table a comparison."""
@@ -107,8 +110,13 @@ def _print(runs: Sequence[Run], found: Sequence[Comparison], notices: list[str],
             low, high = difference.interval
             values = [f"{run.parts.figures[name].value:.3f}" for run in (first, one.run)]
             counts = [difference.wins, difference.ties, difference.losses]
-            row = [*values, f"{difference.value:+.3f}", f"{low:+.2f} to {high:+.2f}", comparison.p_value(difference.p)]
-            table.add_row(evaluation.LABELS[name], *row, "/".join(map(str, counts)) if sum(counts) else "")
+            row = [*values, f"{difference.value:+.3f}", f"{low:+.3f} to {high:+.3f}", comparison.p_value(difference.p)]
+            label = evaluation.LABELS[name]  # long ones in two lines: a narrow terminal would cut figures off
+            table.add_row(
+                label if len(label) <= _LABEL else label.replace(" ", "\n"),
+                *row,
+                "/".join(map(str, counts)) if sum(counts) else "",
+            )
         rich.print(table)
     for line in comparison.verdicts(runs, found):
         rich.print(f"[bold]{rich.markup.escape(line.head)}[/bold]", rich.markup.escape(line.text))

@@ -152,9 +152,10 @@ def test_runs_against_each_other(files, capsys):
     assert float(row[f"rouge_l {names[0]}"]) == 0 and float(row["rouge_l more/after"]) == 1
 
 
-def test_letters_of_runs_against_each_other(files):
-    letters(files / "a_vqa.json", ["A"] * 6)
-    letters(files / "b_vqa.json", ["B", "C"] * 3)
+def test_letters_of_runs_against_each_other(files, capsys, monkeypatch):
+    letters(files / "a_vqa.json", ["A"] * 6, shares=True)
+    letters(files / "b_vqa.json", ["B", "C"] * 3, shares=True)
+    monkeypatch.setenv("COLUMNS", "80")
     assert (
         run(["a_vqa.json", "b_vqa.json", "--records", "dataset.json:validation:vqa", "--out", "out", "--resamples", "30"]) == 0
     )
@@ -165,6 +166,7 @@ def test_letters_of_runs_against_each_other(files):
         "ties": 0,
     }
     assert found["question_types"][TYPE]["accuracy"]["difference"] == 1
+    assert "…" not in capsys.readouterr().out, "80 columns hold all figures"
 
 
 @pytest.mark.parametrize(
