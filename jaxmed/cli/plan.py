@@ -36,7 +36,7 @@ class Args:
     topology: str
     """FAMILY:SIZE, such as v5p:2x2x4, v6e:4x4, 2xv5p:2x2x4 (two slices), h100:2x8 (nodes x GPUs) or cpu:8"""
     step: Literal["train", "prefill", "decode"] = "train"
-    """What is planned: an optimizer step, or generation's prompt or one token of data.batch rows (not of m3d_clip: no decoder)"""
+    """What is planned: an optimizer step, or (with a decoder) generation's prompt or one token of data.batch rows"""
     length: int = 0
     """Tokens of a row, or slots of the cache (0: the first bucket in training, the last in generation)"""
     samples: int = 0
