@@ -8,7 +8,6 @@ one (it stands between placeholders and question), prompts for a caption do not.
 import csv
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ UPSTREAM_CHOICES = "na_choices"
 _MISSING = frozenset(
     ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL"]
 ) | {"NaN", "None", "n/a", "nan", "null"}
+_FINDINGS = "study_findings:"
 _SHORTEST = 5  # characters, blanks aside, of a section that counts
 
 
@@ -79,7 +79,7 @@ def draft_of(row: Mapping[str, Any], source: str = "", reading: Reading = AS_PUB
     if kind in CAPTION_KINDS:
         prompts = () if question else reading.prompts.captions
         question = question or prompts[0]
-        answer = answer if kind == "reports" else _report(answer, source)
+        answer = answer if kind == "reports" else _report(answer, source, cells[table.image])
     elif table.labels:
         question = f" {question}"
         closed = reading.questions == "closed"
@@ -151,7 +151,7 @@ def _closed(
     return f"{question} Choices:{listed}", f"{letter}. {shown(answer)}{table.end}"
 
 
-def _report(text: str, source: str) -> str:
+def _report(text: str, source: str, image: Any) -> str:
     """M3D's caption entries name a text file, from the folder of the data set on: that of the list, or the one above."""
     if not text.endswith(".txt") or "\n" in text:
         return parse_report(text)
@@ -162,19 +162,22 @@ def _report(text: str, source: str) -> str:
         raise UserError(f"its text {text!r} is not there; looked in {', '.join(dict.fromkeys(map(os.path.dirname, paths)))}")
     try:
         with open(found, encoding="utf-8") as file:
-            return parse_report(file.read())
+            whole = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{found}: cannot be read ({error}); save it as UTF-8") from error
+    # Upstream's preparation writes volume and report, the latter in one line; a mark within that line it left there.
+    prepared = str(image).endswith(".npy") and "\n" not in whole and whole.find(_FINDINGS) > 0
+    return whole if prepared else parse_report(whole)
 
 
 def parse_report(text: str) -> str:
     """The report in a text of M3D-Cap: all after `study_findings:`; where that is all but empty, all after `discussion:`; else
     the whole text. In one line."""
-    for mark in ("study_findings:", "discussion:"):
+    for mark in (_FINDINGS, "discussion:"):
         _, found, rest = text.partition(mark)
-        if mark == "study_findings:" and not found:
+        if mark == _FINDINGS and not found:
             break
-        if found and len(re.sub(r"\s", "", rest)) >= _SHORTEST:
+        if found and len(rest.strip().replace("\n", "").replace(" ", "")) >= _SHORTEST:
             text = rest
             break
     return text.replace("\n", " ").strip()

@@ -156,12 +156,23 @@ REPORTS = [
     ("discussion: Not without findings.", "discussion: Not without findings."),
     ("study_findings: a b c d", "study_findings: a b c d"),
     ("study_findings: a b c d e", "a b c d e"),
+    ("study_findings: \ta\tb\t c\xa0\n", "a\tb\t c"),  # blanks and line breaks alone do not count, tabs within do
 ]
 
 
 @pytest.mark.parametrize(("text", "report"), REPORTS)
 def test_the_report_in_a_text_of_m3d(text, report):
     assert parse_report(text) == report
+
+
+def test_a_report_that_was_prepared_is_not_cut_again(tmp_path):
+    """Upstream cuts a text at the first mark, once, as it prepares the volume."""
+    raw = "title: x\nstudy_findings: At the lobe.\nstudy_findings: as before, unchanged"
+    (tmp_path / "a.txt").write_text(raw)
+    (tmp_path / "b.txt").write_text(parse_report(raw))
+    rows = [{"image": image, "text": text} for image, text in [("a.nii.gz", "a.txt"), ("b.npy", "b.txt"), ("a.npy", "a.txt")]]
+    records, _ = load_records(write(tmp_path, json.dumps(rows), "cap.json"), PLAIN)
+    assert {record.turns[1].value for record in records} == {"At the lobe. study_findings: as before, unchanged"}
 
 
 def test_lists_of_several_and_texts_in_files(tmp_path):
