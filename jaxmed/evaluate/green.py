@@ -164,8 +164,9 @@ class Counts:
 
 
 def clean(reply: str) -> str:
-    """A reply without the prompt that some judges repeat, and without end tokens."""
-    return reply.split("<|assistant|>")[-1].replace("</s>", "").replace("<unk>", "")
+    """A reply without the prompt that some judges repeat, without end tokens, and without the bold type that chat models like
+    (the published judge has none): a bold count would count 0."""
+    return reply.split("<|assistant|>")[-1].replace("</s>", "").replace("<unk>", "").replace("**", "")
 
 
 def is_reply(reply: str) -> bool:

@@ -40,6 +40,11 @@ def test_score_of_published_vectors(matched, errors, score):
         (reply("2. a", "(a) Kind: 1. x\n(a) Kind: 4. y\n(a) Kind: some"), 2, (4, 0, 0, 0, 0, 0)),  # the last count wins
         (reply("2. a", "(a) Of 3. kinds: 2. size of 7 mm: 9. x"), 2, (2, 0, 0, 0, 0, 0)),  # the first after a colon
         (reply("2. a", "(a) Kind: 1. x\n   \n(b) Kind: 3. y"), 2, (1, 0, 0, 0, 0, 0)),  # a blank line ends the section
+        (
+            "**[Clinically Significant Errors]**:\n- **(b) Kind**: **2**. x\n\n### **[Matched Findings]:**\n**4**. x",
+            4,
+            (0, 2, 0, 0, 0, 0),
+        ),
         ("[Matched Findings]:\n9. x\n<|assistant|>\n" + reply("2. a</s>", "(b) Kind: 1. x"), 2, (0, 1, 0, 0, 0, 0)),
     ],
 )
