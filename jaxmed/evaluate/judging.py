@@ -149,6 +149,10 @@ def ask(
 ) -> tuple[dict[str, str], list[Problem]]:
     """Replies by `prompt_key`, and a Problem for each prompt without one. Not `skip`: BadRecords at the first of them.
     `tell(done, all)`: called as replies come."""
+    for question in asked:  # of a start that took for 0 what is no judgment
+        reply = kept.found.get(prompt_key(question.prompt))
+        if reply is not None and _fault(question, reply, settings):
+            del kept.found[prompt_key(question.prompt)]
     missing = list({prompt_key(q.prompt): q for q in asked if prompt_key(q.prompt) not in kept.found}.values())
     groups = [missing[i : i + judge.batch] for i in range(0, len(missing), judge.batch)]
     problems: list[Problem] = []
@@ -158,7 +162,8 @@ def ask(
         if isinstance(replies, str):
             faults = [replies] * len(group)
         else:
-            answered, silent, faults = True, 0, _faults(group, replies, settings)
+            answered, silent = True, 0
+            faults = [_fault(question, reply, settings) for question, reply in zip(group, replies, strict=True)]
             for question, reply, fault in zip(group, replies, faults, strict=True):
                 if not fault:
                     kept.add(question, reply)
@@ -217,17 +222,13 @@ def _answers(groups: list[list[Question]], judge: Judge) -> Iterator[tuple[list[
         stop.set()
 
 
-def _faults(group: list[Question], replies: list[str], settings: Settings) -> list[str]:
-    """What is wrong with each reply; "" for one that can be read."""
-
-    def fault(question: Question, reply: str) -> str:
-        readable = green.is_reply(green.clean(reply)) or settings.zero
-        if question.measure == "percentage":
-            readable = percentage.parse(reply) is not None
-        start = " ".join(reply.split())[:60]
-        return "" if readable else f"the judge's reply is no judgment ({start!r})"
-
-    return [fault(question, reply) for question, reply in zip(group, replies, strict=True)]
+def _fault(question: Question, reply: str, settings: Settings) -> str:
+    """What is wrong with a reply; "" for one that can be read."""
+    readable = green.is_reply(green.clean(reply)) or settings.zero
+    if question.measure == "percentage":
+        readable = percentage.parse(reply) is not None
+    start = " ".join(reply.split())[:60]
+    return "" if readable else f"the judge's reply is no judgment ({start!r})"
 
 
 def results(studies: Sequence[Study], asked: Sequence[Question], replies: dict[str, str], judge: str, settings: Settings):

@@ -165,6 +165,9 @@ def test_stop_ends_at_the_first_fault_and_keeps_what_was_said(serve, tmp_path):
     replies, problems = ask(asked, endpoint(server, parallel=1), tmp_path / "judge.jsonl", False, zero)
     values = judging.results(studies(), asked, replies, "j", zero)[0].values
     assert not problems and values.tolist() == [1, 1, 0, 1, 1, 1]
+    replies, problems = ask(asked, endpoint(server, parallel=1), tmp_path / "judge.jsonl")
+    values = judging.results(studies(), asked, replies, "j", judging.Settings())[0].values
+    assert len(problems) == 1 and np.isnan(values[2])  # what counted 0 then is none now
 
 
 class Slow:
