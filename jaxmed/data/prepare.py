@@ -149,7 +149,9 @@ def _scaling(raw: RawVolume, preset: str, config: PrepareConfig) -> tuple[Interv
     header = raw.header
     if preset != "hu_window":
         return (header.slope, header.intercept), "the header's scaling" if raw.kind != "slices" else ""
-    reading = choose_reading(raw.stored, header, metadata_row(header.path, config), config.hu)
+    # a CSV speaks of NIfTI files, which lost what DICOM says itself
+    override = "auto" if config.hu == "csv" and raw.kind == "dicom" else config.hu
+    reading = choose_reading(raw.stored, header, metadata_row(header.path, config), override)
     return (reading.slope, reading.intercept), reading.chosen
 
 

@@ -83,7 +83,12 @@ def test_every_slice_has_its_own_scaling(tmp_path):
     folder = save_dicom(tmp_path / "d", even, encode=encode)
     path = save_nifti(tmp_path / "n.nii", even, lps_affine())
     window = asked(preset="hu_window", window=(-300.0, 300.0))
-    np.testing.assert_array_equal(prepare(folder, window).values, prepare(path, window).values)
+    want = prepare(path, window).values
+    np.testing.assert_array_equal(prepare(folder, window).values, want)
+    table = tmp_path / "nifti_alone.csv"  # the series speaks for itself where others need a table
+    table.write_text("VolumeName,RescaleSlope,RescaleIntercept,XYSpacing,ZSpacing\nx.nii.gz,2,-8192,1,2\n")
+    told = asked(preset="hu_window", window=(-300.0, 300.0), hu="csv", metadata=str(table))
+    np.testing.assert_array_equal(prepare(folder, told).values, want)
 
 
 def test_monochrome1_is_inverted_and_said(tmp_path):
