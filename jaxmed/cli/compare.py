@@ -9,7 +9,7 @@ import rich
 import rich.markup
 
 from jaxmed.cli import scoring
-from jaxmed.cli.evaluate import Args, counted, read_records, score_table, skipped_notices, write_skipped
+from jaxmed.cli.evaluate import Args, read_records, score_table, skipped_notices, write_skipped
 from jaxmed.data.records import Record
 from jaxmed.errors import Problem, UserError
 from jaxmed.evaluate import compare as comparing
@@ -39,7 +39,7 @@ def compare(args: Args) -> list[Comparison]:
         (out / "comparison.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         _write_csv(out / "comparison.csv", runs)
         write_skipped(out, problems)
-        facts = [("Studies", f"{runs[0].scores.units:,}"), ("Records", args.records)]
+        facts = [("Scored", scored.counted(runs[0].scores)), ("Records", args.records)]
         facts += [(run.name, run.path) for run in runs]
         options = evaluation.PageOptions(args.volumes, args.metadata, args.hu, args.page)
         comparison.write_page(out / "comparison.html", runs, found, facts, notices, options, args.resamples)
@@ -70,7 +70,7 @@ def _score(
         parts = parting.parts(own, scores.statistics, judged, rule, args.resamples, args.seed)
         runs.append(Run(name, path, own, scores, parts))
     judging.finish()
-    notices += scored.few_notice(runs[0].scores.units)
+    notices += scored.few_notice(runs[0].scores)
     notices += skipped_notices(problems[:unusable], problems[unusable:], out)
     return runs, notices
 
@@ -103,7 +103,7 @@ def _write_csv(path: Path, runs: Sequence[Run]) -> None:
 def _print(runs: Sequence[Run], found: Sequence[Comparison], notices: list[str], out: Path) -> None:
     first = runs[0]
     for one in found:
-        title = rich.markup.escape(f"B {one.run.name} against A {first.name}, {counted(first.scores.units)}")
+        title = rich.markup.escape(f"B {one.run.name} against A {first.name}, {scored.counted(first.scores)}")
         table = score_table(title, "score", "A", "B", "B − A", "95% interval", "p", "won/even/lost")
         for name in comparison.shown(first, one):
             difference = one.all[name]

@@ -119,7 +119,7 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
     judging.finish()
     notices += skipped_notices(problems, unjudged, out)
     scores = scored.score(studies, control, kind, args.resamples, args.seed, scorers)
-    notices += scored.few_notice(scores.units)
+    notices += scored.few_notice(scores)
     parts = parting.parts(studies, scores.statistics, judged, rule, args.resamples, args.seed)
     choice_control = parting.control_of(studies, parts, control, args.resamples, args.seed) if control else None
     beside = evaluation.Beside(parts, choice_control, encoder, args.resamples)
@@ -129,7 +129,7 @@ def evaluate(args: Args, extra: Mapping[str, Mapping[str, Any]] | None = None) -
         scored.write_json(out / "scores.json", scores, more)
         scored.write_csv(out / "scores.csv", studies, scores, parting.columns(parts, studies))
         write_skipped(out, [*problems, *unjudged])
-        facts = [("Studies", f"{scores.units:,}"), ("Answers", args.answers), ("Records", args.records)]
+        facts = [("Scored", scored.counted(scores)), ("Answers", args.answers), ("Records", args.records)]
         facts += [("Control", f"{args.control}{f' ({kind})' if kind else ''}")] if args.control else []
         options = evaluation.PageOptions(args.volumes, args.metadata, args.hu, args.page)
         title = f"Evaluation of {Path(args.answers).name}"
@@ -171,10 +171,6 @@ def _print(scores: scored.Scores, beside: evaluation.Beside, notices: list[str],
     rich.print(f"Wrote {rich.markup.escape(str(out))}/scores.json, scores.csv and report.html")
 
 
-def counted(studies: int) -> str:
-    return f"{studies:,} stud{'y' if studies == 1 else 'ies'}"
-
-
 def score_table(title: str, *columns: str) -> Table:
     """Names on the left, figures on the right."""
     table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -187,7 +183,7 @@ def _print_texts(scores: scored.Scores) -> None:
     control = scores.control
     more = ("wrong\nimages", "drop", "95% interval") if control else ()
     table = score_table(
-        counted(scores.units),
+        scored.counted(scores),
         "score",
         "corpus",
         "95% interval",

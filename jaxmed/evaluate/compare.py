@@ -145,13 +145,16 @@ def to_json(runs: Sequence[Run], found: Sequence[Comparison], resamples: int) ->
                 content[key] = {name: of(differences) for name, differences in groups.items()}
         return content
 
+    scored = runs[0].scores
+    patients = {"patients": scored.units} if scored.units < scored.volumes else {}
     return {
         "runs": [
             {"name": run.name, "answers": run.path} | parting.figures_json(run.parts.figures) | parting.to_json(run.parts)
             for run in runs
         ],
         "comparisons": [compared(one) for one in found],
-        "studies": runs[0].scores.units,
+        "studies": scored.volumes,
+        **patients,
         "resamples": resamples,
     }
 

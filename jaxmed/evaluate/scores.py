@@ -6,7 +6,8 @@ drawn with replacement by a seed; a control is resampled with the same draws, so
 All of it is a product of a matrix of draws [R, S] with per-study statistics.
 
 Where records are parts of what is asked about one volume (its regions, multiple choice), what is resampled is the volume
-with all its records: `units` says which records belong together.
+with all its records; where the data set names patients (CT-RATE), it is the patient with all volumes, whose reports are alike
+or the same: `units` says which records belong together.
 
 Axis letters: S studies (records), R resamples, K the scores that are means (ROUGE, METEOR, BERTScore where it can be had).
 """
@@ -65,8 +66,10 @@ class Scores:
     """Everything that the files and the page say of texts."""
 
     statistics: Statistics
+    volumes: int
+    """Studies: records, or volumes with several records"""
     units: int
-    """What was resampled: studies, or volumes with several records"""
+    """What was resampled: studies, or patients with several of them"""
     per_study: list[dict[str, float]]
     """One dict a study, in their order"""
     corpus: dict[str, float]
@@ -123,16 +126,27 @@ def draws(studies: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield np.stack([np.bincount(row, minlength=studies) for row in picks])
 
 
-def few_notice(units: int) -> list[str]:
+def counted(scores: Scores) -> str:
+    """`12 studies`, `1,564 studies of 1,304 patients`"""
+    studies = f"{scores.volumes:,} stud{'y' if scores.volumes == 1 else 'ies'}"
+    patients = f" of {scores.units:,} patient{'' if scores.units == 1 else 's'}"
+    return studies + (patients if scores.units < scores.volumes else "")
+
+
+def few_notice(scores: Scores) -> list[str]:
     """What a person should know of intervals from few studies."""
-    counted = f"{units} {'study is' if units == 1 else 'studies are'}"
-    return [f"{counted} too few for intervals: those given here are too narrow"] if units < FEW else []
+    few = f"{counted(scores)}: too few for intervals, those given here are too narrow"
+    return [few] if scores.units < FEW else []
 
 
 def units(studies: Sequence[Study]) -> np.ndarray:
     """[S] int: which unit each study is part of, from 0 on in the studies' order."""
+    return _numbered([("patient", study.patient) if study.patient else study.volume or i for i, study in enumerate(studies)])
+
+
+def _numbered(names: Sequence[Any]) -> np.ndarray:
     numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault(study.unit or i, len(numbers)) for i, study in enumerate(studies)])
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names])
 
 
 def weights(units: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -194,6 +208,7 @@ def score(
         )
     return Scores(
         statistics=stats,
+        volumes=len({study.volume or i for i, study in enumerate(studies)}),
         units=int(together.max()) + 1,
         per_study=study_scores(stats),
         corpus=corpus,
@@ -216,9 +231,11 @@ def to_json(scores: Scores) -> dict[str, Any]:
             "commonest_share": scores.commonest[0][1] / scores.answers,
             "always_commonest": scores.always_commonest,
         },
-        "studies": scores.units,
+        "studies": scores.volumes,
     }
-    if scores.units < len(scores.per_study):
+    if scores.units < scores.volumes:
+        content["patients"] = scores.units
+    if scores.volumes < len(scores.per_study):
         content["records"] = len(scores.per_study)
     if scores.control is not None:
         kind = {"kind": scores.control.kind} if scores.control.kind else {}

@@ -40,10 +40,12 @@ class Study:
     """The right one"""
     likelihoods: "tuple[Likelihood, ...]" = ()
     """One an answer where all answers have one, else empty"""
+    patient: str = ""
+    """Where the data set names them"""
 
     @property
-    def unit(self) -> str:
-        """What is resampled: the volume, where the record is one of several parts of what is asked about it; "": itself."""
+    def volume(self) -> str:
+        """The volume, where the record is one of several parts of what is asked about it; "": it is a study of its own."""
         return self.image if self.region or self.options or self.question_type else ""
 
 
@@ -141,6 +143,7 @@ def _pair_one(written: Written, record: Record, path: str) -> Study:
         options=record.options if _names_choices(record) or written.likelihoods else {},
         letter=record.answer,
         likelihoods=written.likelihoods[:scored],
+        patient=record.patient,
     )
 
 

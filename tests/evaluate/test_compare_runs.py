@@ -74,6 +74,23 @@ def test_records_that_are_no_parts_are_resampled_by_themselves():
     assert scores.units(plain).tolist() == list(range(25)) and "records" not in scores.to_json(run("a", plain).scores)
 
 
+def test_patients_are_resampled_with_all_their_volumes():
+    """Reconstructions of one scan share a report: twice the volumes are not twice the evidence."""
+    once = [dataclasses.replace(s, region="", patient=f"p{s.image}") for s in made_up(20, 1, 0.4) if s.region == "chest"]
+    twice = [dataclasses.replace(s, id=f"{s.id}/{n}", image=f"{s.image}.{n}") for n in range(2) for s in once]
+    strangers = [dataclasses.replace(s, patient="") for s in twice]
+    widths = [np.ptp(run("a", made).parts.figures["rouge_l"].interval) for made in (once, twice, strangers)]
+    assert widths[0] == pytest.approx(widths[1]) and widths[2] < 0.85 * widths[0]
+    assert scores.units(twice).tolist() == [*range(20), *range(20)]
+    written = scores.to_json(run("a", twice).scores)
+    assert (written["studies"], written["patients"]) == (40, 20) and "patients" not in scores.to_json(
+        run("a", strangers).scores
+    )
+    assert scores.counted(run("a", twice).scores) == "40 studies of 20 patients"
+    parts_of_one = [dataclasses.replace(s, region="chest") for s in twice] + [dataclasses.replace(twice[0], region="pelvis")]
+    assert scores.counted(run("a", parts_of_one).scores) == "40 studies of 20 patients"
+
+
 def test_difference_interval_and_p():
     a, better, same = made_up(40, 1, 0.5), made_up(40, 2, 0.2), made_up(40, 1, 0.5)
     first = run("a", a)
@@ -88,7 +105,7 @@ def test_difference_interval_and_p():
     differences = totals @ (per_study[1] - per_study[0]) / totals.sum(1)
     np.testing.assert_allclose(found.interval, np.percentile(differences, [2.5, 97.5]))
     text = comparison.verdicts([first, run("b", better)], [compare.compare(first, run("b", better))])[0].text
-    assert text.endswith("On the whole b is better.") and scores.few_notice(40) == []
+    assert text.endswith("On the whole b is better.") and scores.few_notice(first.scores) == []
     nothing = compare.compare(first, run("c", same))
     assert nothing.all["bleu_4"].interval == (0, 0) and nothing.all["bleu_4"].p == 1 and nothing.all["bleu_4"].ties == 100
     turned = compare.compare(run("b", better), first).all["rouge_l"]

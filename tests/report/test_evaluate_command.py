@@ -73,6 +73,21 @@ def test_records_may_be_a_table(tmp_path):
     assert 0 < json.loads((out / "scores.json").read_text())["corpus"]["rouge_l"] < 1
 
 
+def test_reconstructions_of_ct_rate_are_drawn_with_their_patient(tmp_path, capsys):
+    names = [f"valid_{patient}_a_{n}" for patient in range(3) for n in (1, 2)]
+    rows = "".join(f"{name}.nii.gz,,,The lungs are clear.,\n" for name in names)
+    head = "VolumeName,ClinicalInformation_EN,Technique_EN,Findings_EN,Impressions_EN\n"
+    (tmp_path / "reports.csv").write_text(head + rows)
+    records, _ = load_records(f"{tmp_path}/reports.csv")
+    turns = [{"id": record.id, "question": record.turns[0].value, "answer": "Clear lungs."} for record in records]
+    elements = [{"image": r.images[0], "conversations_out": [turn]} for r, turn in zip(records, turns, strict=True)]
+    (tmp_path / "x_vqa.json").write_text(json.dumps(elements))
+    assert run([f"{tmp_path}/x_vqa.json", "--records", f"{tmp_path}/reports.csv", "--out", f"{tmp_path}/s"]) == 0
+    assert "6 studies of 3 patients: too few" in " ".join(capsys.readouterr().out.split())
+    content = json.loads((tmp_path / "s" / "scores.json").read_text())
+    assert (content["studies"], content["patients"]) == (6, 3)
+
+
 def test_page_shows_extra_figures_and_a_capped_even_selection(files):
     extra = {"Findings": {"nodule": {"F1": 0.8125, "shuffled": 0.25}, "studies": 64}}
     evaluate(arguments(files, resamples=5, page=PageLimits(studies=3)), extra)

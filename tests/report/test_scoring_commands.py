@@ -144,7 +144,7 @@ def test_runs_against_each_other(files, capsys):
     assert html.index("amos_1/abdomen</h3>") < html.index("amos_0/abdomen</h3>")  # those that differ come first
     assert html.count("<article") == 6 and "the same text" in html
     told = " ".join(capsys.readouterr().out.split())
-    assert "ROUGE-L" in told and "3 studies are too few for intervals" in told
+    assert "ROUGE-L" in told and "3 studies: too few for intervals" in told
     assert "before. ROUGE-L differs by" in told and "That few studies decide nothing." in told
     assert "On the whole" not in html
     with open(files / "out" / "comparison.csv", newline="") as file:
