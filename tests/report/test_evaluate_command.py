@@ -78,7 +78,7 @@ def test_reconstructions_of_ct_rate_are_drawn_with_their_patient(tmp_path, capsy
     rows = "".join(f"{name}.nii.gz,,,The lungs are clear.,\n" for name in names)
     head = "VolumeName,ClinicalInformation_EN,Technique_EN,Findings_EN,Impressions_EN\n"
     (tmp_path / "reports.csv").write_text(head + rows)
-    records, _ = load_records(f"{tmp_path}/reports.csv")
+    records, _ = load_records(f"{tmp_path}/reports.csv", Reading(placeholders=True))
     turns = [{"id": record.id, "question": record.turns[0].value, "answer": "Clear lungs."} for record in records]
     elements = [{"image": r.images[0], "conversations_out": [turn]} for r, turn in zip(records, turns, strict=True)]
     (tmp_path / "x_vqa.json").write_text(json.dumps(elements))
