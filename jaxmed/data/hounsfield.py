@@ -43,9 +43,7 @@ def scaled_ends(path: str, stored: np.ndarray, slope: float, intercept: float) -
     with np.errstate(over="ignore"):
         low, high = np.sort(np.array([stored.min(), stored.max()], stored.dtype) * slope + intercept)
     if not max(abs(low), abs(high)) < LARGEST:
-        raise UserError(
-            f"{path}: scaled voxels from {low:.3g} to {high:.3g} are no CT; check them and the header's scaling"
-        )
+        raise UserError(f"{path}: scaled voxels from {low:.3g} to {high:.3g} are no CT; check them and the header's scaling")
     return np.float32(low), np.float32(high)
 
 

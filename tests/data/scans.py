@@ -3,6 +3,7 @@
 import nibabel
 import numpy as np
 import pydicom
+from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
@@ -97,3 +98,11 @@ def edited(path, **tags):
     for name, value in tags.items():
         setattr(data, name, value)
     data.save_as(path)
+
+
+def save_slices(folder, shapes, names, mode="L"):
+    """PNG or JPEG slices, each of one grey level, 20, 29, ..."""
+    folder.mkdir()
+    for number, (shape, name) in enumerate(zip(shapes, names, strict=True)):
+        Image.fromarray(np.full(shape, 20 + 9 * number, np.uint8)).convert(mode).save(folder / name)
+    return str(folder)
