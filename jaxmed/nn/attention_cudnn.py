@@ -46,6 +46,10 @@ def obstacle(mask: Mask, layout: Layout, platform: str, dtype: jnp.dtype, width:
 
 def local_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: Mask, padding: Padding) -> jax.Array:
     """One shard's part, inside shard_map: q [B, T, Q, H], k and v [B, T, K, H], segments [B, T] -> [B, T, Q, H]"""
+    length = q.shape[1]
+    if length % 2:  # the kernel's backward pass takes even T alone
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        segments, padding = jnp.pad(segments, ((0, 0), (0, 1))), "right" if padding == "none" else padding
     if padding == "none":
         return _kernel(q, k, v, None, mask)
     exists = (segments != 0)[..., None, None]
@@ -57,7 +61,7 @@ def local_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Arra
     else:
         first = jnp.argmax(segments != 0, axis=1).astype(jnp.int32)
         out = _turned(_kernel(*(_turned(x, first) for x in (q, k, v)), lengths, mask), -first)
-    return jnp.where(exists, out, 0)
+    return jnp.where(exists, out, 0)[:, :length]
 
 
 def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, mask: Mask) -> jax.Array:
