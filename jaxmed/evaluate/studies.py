@@ -70,7 +70,12 @@ class Written:
 
 def strip_end(text: str) -> str:
     """The text without end-of-turn tokens and the spaces around it."""
-    return _END.sub("", text).strip()
+    return _END.sub("", _writable(text)).strip()
+
+
+def _writable(text: str) -> str:
+    """Halves of a character, which JSON can hold and no file, as they are escaped there."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _element(path: str, index: int, element: Any) -> Written:
@@ -86,7 +91,7 @@ def _element(path: str, index: int, element: Any) -> Written:
         raise UserError(f"{where} has the ids {sorted(map(str, ids))}; all its entries must carry the one id of their record")
     image = element.get("image") or ""
     images = tuple(str(name) for name in (image if isinstance(image, list) else [image]) if name)
-    questions = tuple(turn["question"] for turn in turns)
+    questions = tuple(_writable(turn["question"]) for turn in turns)
     answers = tuple(strip_end(turn["answer"]) for turn in turns)
     return Written(str(ids.pop()), images, questions, answers, _likelihoods(turns, where))
 
@@ -132,9 +137,13 @@ def _pair_one(written: Written, record: Record, path: str) -> Study:
         raise UserError(f"{where} has {len(written.answers)} answers, its record {len(asked)} questions; {hint}")
     image, scored = record.images[0] if record.images else "", len(references)  # the last question may lack its reference
     texts = tuple(turn.value.strip() for turn in references)
+    for said in written.likelihoods if record.options else ():
+        if said.probabilities.keys() != record.options.keys() or said.prediction not in record.options:
+            chosen = f"{said.prediction} among {', '.join(said.probabilities)}"
+            raise UserError(f"{where} chooses {chosen}, its record has the options {', '.join(record.options)}; {hint}")
     return Study(
-        written.id,
-        image,
+        _writable(written.id),
+        _writable(image),
         written.questions[:scored],
         written.answers[:scored],
         texts,

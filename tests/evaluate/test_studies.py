@@ -62,6 +62,15 @@ def test_answers_meet_their_references_by_id_and_turn(tmp_path):
     assert notices == []
 
 
+def test_half_characters_can_be_written(tmp_path):
+    """JSON holds halves of surrogate pairs, a file of UTF-8 and a hash do not."""
+    half = "\udc00"
+    records = [record(f"r{half}", f"scan{half}.nii.gz", "<image>\nReport?", "Clear.")]
+    found, _ = pair(tmp_path, [element(f"r{half}", f"scan{half}.npz", (f"q{half}", f"Normal{half}"))], records)
+    texts = [found[0].id, found[0].image, *found[0].questions, *found[0].answers]
+    assert all(text.encode("utf-8").count(rb"\udc00") == 1 for text in texts)
+
+
 def test_records_without_answer_and_changed_questions_are_noticed(tmp_path):
     changed = [element("r_3", "scan_3.npz", ("<image>\nFindings?", "Clear."))]
     found, notices = pair(tmp_path, changed, RECORDS)

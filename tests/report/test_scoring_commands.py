@@ -189,8 +189,16 @@ def test_flags_that_cannot_be_used(files, flags, match):
 
 def test_probabilities_that_are_none_are_told(files):
     write(files / "x_vqa.json", [(0, "qa0", "B", {"prediction": "B", "probabilities": {"A": 0.9, "B": 0.9}})])
+    asked = ["x_vqa.json", "--records", "dataset.json:validation:vqa", "--out", "out"]
     with pytest.raises(UserError, match=r"element 0: its probabilities must be shares"):
-        run(["x_vqa.json", "--records", "dataset.json:validation:vqa", "--out", "out"])
+        run(asked)
+    for prediction, letters in (("E", "ABCD"), ("A", "ABCE"), ("A", "ABC")):
+        shares = dict.fromkeys(letters, 1 / len(letters))
+        write(files / "x_vqa.json", [(0, "qa0", "B", {"prediction": prediction, "probabilities": shares})])
+        with pytest.raises(
+            UserError, match=f"'amos_0/qa0' chooses {prediction} among .* its record has the options A, B, C, D"
+        ):
+            run(asked)
 
 
 def test_questions_asked_openly_are_scored_as_texts_by_type(files):
