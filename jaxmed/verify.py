@@ -175,7 +175,7 @@ def probe(visual: VisualConfig) -> np.ndarray:
     if visual.kind == "pixels":
         return rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
     if visual.kind == "volumes":
-        return rng.random((1, *visual.volume), np.float32)
+        return rng.random((visual.channels, *visual.volume), np.float32)
     if visual.kind == "slices":
         return rng.integers(-1000, 1000, (48, 40, visual.slices + 2)).astype(np.float32)
     whole = visual.kind == "codes" or visual.norm or visual.positions or visual.tokens < 12

@@ -109,6 +109,9 @@ class VisualConfig:
     """Intensities that become 0 and 1 (kind `slices` alone); equal ones: whole numbers modulo 256, as SAMF was trained."""
     volume: tuple[int, int, int] = (32, 256, 256)
     """Voxels (depth, rows, columns) of a prepared volume (kind `volumes` alone)."""
+    channels: int = 1
+    """Numbers of a voxel of kind `volumes`, which are the tower's; only .npy files, [channel, depth, row, column], hold
+    several."""
     pixels: PixelConfig = PixelConfig()
     """How images become pixels (kind `pixels`); its `shortest` and `crop` hold for `slices` as well."""
     prepare: PrepareConfig = PrepareConfig()
@@ -116,6 +119,7 @@ class VisualConfig:
 
     def __post_init__(self):
         require(self.images >= 0 and self.tokens >= 0, "visual.images and visual.tokens must not be negative")
+        require(self.channels >= 1, f"visual.channels is {self.channels}; a voxel has one number at least")
         require(all(m >= 1 for m in self.merge), f"visual.merge is {self.merge}; every entry must be at least 1")
         turned = self.kind != "volumes" or self.prepare.augment != "m3d" or self.volume[1] == self.volume[2]
         require(turned, f"visual.prepare.augment m3d turns slices by 90 degrees; visual.volume {self.volume} is not square")

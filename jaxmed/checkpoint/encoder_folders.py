@@ -226,7 +226,7 @@ def _visual(path: str, tower: TowerConfig) -> VisualConfig:
     grid = tower.grid if len(tower.grid) == 3 else (1, *tower.grid)
     sizes = {"tokens": tower.tokens, "features": tower.width, "grid": grid}
     if len(tower.grid) == 3:
-        return VisualConfig(kind="volumes", volume=tower.image, **sizes)
+        return VisualConfig(kind="volumes", volume=tower.image, channels=tower.channels, **sizes)
     where = os.path.join(path, "preprocessor_config.json")
     if os.path.exists(where):
         pixels = pixel_config(read_json(where), where, tower.image[0], "pad")

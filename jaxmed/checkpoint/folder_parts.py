@@ -178,7 +178,7 @@ def visual_config(tower: TowerConfig, pixels: PixelConfig) -> VisualConfig:
     if kind == "slices":
         return replace(visual, tokens=visual.slices, grid=(visual.slices, 1, 1))
     if kind == "volumes":
-        return replace(visual, grid=tower.grid, volume=tower.image)
+        return replace(visual, grid=tower.grid, volume=tower.image, channels=tower.channels)
     return replace(visual, grid=(1, *tower.grid))
 
 

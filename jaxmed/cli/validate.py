@@ -29,7 +29,8 @@ SHAPES = ("lora.rank", "lora.targets", "visual.features", "visual.norm", "visual
 SHAPES += ("model.projector.kind", "model.projector.bypass_pool", "model.projector.pool_queries", "model.projector.pool_heads")
 SHAPES += tuple(f"model.tower.{name}" for name in ("kind", "image", "patch", "channels", "width", "layers", "mlp"))
 SHAPES += ("model.aggregator.layers", "model.aggregator.mlp", "model.aggregator.features")
-SHAPES += ("model.fusion.kind", "model.fusion.width", "visual.kind", "visual.grid", "visual.volume", "contrastive.features")
+SHAPES += ("model.fusion.kind", "model.fusion.width", "visual.kind", "visual.grid", "visual.volume", "visual.channels")
+SHAPES += ("contrastive.features",)
 SHAPES += tuple(f"contrastive.text.{name}" for name in ("vocab", "width", "layers", "mlp", "positions", "types"))
 """Fields that the shapes of weights decide"""
 TEXTS = ("template", "max_length", "pad_id", "splice", "missing_image_token")

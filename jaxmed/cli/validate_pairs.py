@@ -49,9 +49,8 @@ def _with_tower(experiment: Experiment, tower: TowerConfig) -> Experiment:
 
 
 def _seen_by(tower: TowerConfig, visual: VisualConfig) -> VisualConfig:
-    return dataclasses.replace(
-        visual, kind="volumes", volume=tower.image, grid=tower.grid, tokens=tower.tokens, features=tower.width
-    )
+    sizes = {"grid": tower.grid, "tokens": tower.tokens, "features": tower.width}
+    return dataclasses.replace(visual, kind="volumes", volume=tower.image, channels=tower.channels, **sizes)
 
 
 def _tower_of(folder: str, heads: dict[str, int]) -> TowerConfig:

@@ -4,13 +4,14 @@
     embeddings   .npz, float or codes          [N, C] float32                            of the file, merged
     codes        .npz                          [N'] uint32, N' before merging            of the file, merged
     pixels       PNG, JPEG, ...                [H, W, 3] float32, normalised             the tower's, (1, rows, columns)
-    volumes      .nii, .nii.gz, a folder with  [D, H, W, 1] float32                      the tower's
+    volumes      .nii, .nii.gz, a folder with  [D, H, W, C'] float32                     the tower's
                  a DICOM series or with PNG or
                  JPEG slices; .npy, prepared
     slices       .nii, .nii.gz                 [S, H, W] float32 from 0 to 1             (S, 1, 1)
 
-N tokens of an image, C features, D, H, W depth, rows and columns, S slices. A source is a path, or an array as the file would
-give it. The first two kinds may differ in N from file to file; what a tower reads has `visual.tokens` tokens always.
+N tokens of an image, C features, D, H, W depth, rows and columns, S slices, C' numbers of a voxel: one, but for .npy files
+[C', D, H, W] with several channels. A source is a path, or an array as the file would give it. The first two kinds may differ
+in N from file to file; what a tower reads has `visual.tokens` tokens always.
 """
 
 import math
@@ -79,7 +80,7 @@ def image_array_shape(visual: VisualConfig, rows: int, images: int, tokens: int)
     if visual.kind == "pixels":
         return (rows, images, side, side, 3), np.float32
     if visual.kind == "volumes":
-        return (rows, images, *visual.volume, 1), np.float32
+        return (rows, images, *visual.volume, visual.channels), np.float32
     if visual.kind == "slices":
         return (rows, images, visual.slices, side, side), np.float32
     return (rows, images, tokens, visual.features), np.float32
@@ -126,6 +127,7 @@ def check_header(path: str, visual: VisualConfig) -> str:
         if visual.kind == "volumes" and kind_of(path) == "prepared":
             _volume_header(path, visual)
         elif visual.kind == "volumes":
+            _check_channels(path, visual)
             check_volume(path, visual.prepare)
             metadata_row(path, visual.prepare)
     except UserError as error:
@@ -150,6 +152,7 @@ def read_prepared(path: str, visual: VisualConfig) -> Prepared:
         for notice in notices:
             _NOTICES.tell(f"{path}: {notice}")
         return Prepared(values, notices, unknown)
+    _check_channels(path, visual)
     return prepared(path, visual, _NOTICES.tell)
 
 
@@ -189,9 +192,18 @@ def _volume_header(path: str, visual: VisualConfig) -> tuple[tuple[int, ...], np
     return shape, dtype, fortran, offset
 
 
+def _check_channels(path: str, visual: VisualConfig) -> None:
+    if visual.channels > 1:
+        raise UserError(
+            f"{path}: a CT volume has one number a voxel, the model reads {visual.channels}; give prepared .npy files "
+            f"{(visual.channels, *visual.volume)}"
+        )
+
+
 def _check_volume(name: str, shape: tuple[int, ...], dtype: np.dtype, visual: VisualConfig) -> None:
-    if shape not in (visual.volume, (1, *visual.volume)):
-        raise UserError(f"{name}: shape {shape}; the model reads {(1, *visual.volume)} or {tuple(visual.volume)}")
+    known = [(visual.channels, *visual.volume)] + [tuple(visual.volume)] * (visual.channels == 1)
+    if shape not in known:
+        raise UserError(f"{name}: shape {shape}; the model reads {' or '.join(map(str, known))}")
     if dtype.kind != "f":
         raise UserError(f"{name}: values of type {dtype}; a prepared volume holds floating-point numbers")
 
@@ -216,10 +228,10 @@ def _read_volume(path: str, visual: VisualConfig) -> np.ndarray:
 
 
 def _checked_volume(array: np.ndarray, name: str, visual: VisualConfig) -> np.ndarray:
-    """-> [D, H, W, 1] float32"""
+    """-> [D, H, W, C'] float32"""
     _check_volume(name, array.shape, array.dtype, visual)
     with np.errstate(over="ignore"):  # what overflows is found just below
-        values = array.reshape(*visual.volume, 1).astype(np.float32, copy=False)
+        values = np.moveaxis(array.reshape(visual.channels, *visual.volume), 0, -1).astype(np.float32, copy=False)
     if not np.isfinite(values).all():
         bad = int(values.size - np.isfinite(values).sum())
         raise UserError(f"{name}: {bad} of {values.size} values are NaN or infinite in float32; prepare the volume again")

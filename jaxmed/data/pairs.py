@@ -82,12 +82,12 @@ class PairSet:
         return shorten(whole, self.tokenizer, data.max_length, (self.experiment.train.seed, max(epoch, 0), sample, repeat))
 
     def build_rows(self, batch: GlobalBatch, rows: Sequence[int]) -> tuple[Arrays, list[Problem]]:
-        """`images` [R, D, H, W, 1] in the dtype of the computation, `tokens` and `mask` [R, T], `samples` [R] (0: no pair, else
+        """`images` [R, D, H, W, C] in the dtype of the computation, `tokens` and `mask` [R, T], `samples` [R] (0: no pair, else
         1 + the pair's number in the batch), and the pairs that were left out."""
         experiment, length = self.experiment, self.experiment.data.max_length
         dtype = ml_dtypes.bfloat16 if experiment.model.dtype == "bfloat16" else np.float32
         arrays = {
-            "images": np.zeros((len(rows), *experiment.visual.volume, 1), dtype),
+            "images": np.zeros((len(rows), *experiment.visual.volume, experiment.visual.channels), dtype),
             "tokens": np.full((len(rows), length), self.tokenizer.pad_id, np.int32),
             "mask": np.zeros((len(rows), length), np.int32),
             "samples": np.zeros(len(rows), np.int32),
@@ -111,7 +111,7 @@ class PairSet:
         return arrays, problems
 
     def volume(self, path: str, key: tuple[int, int, int]) -> np.ndarray:
-        """[D, H, W, 1] float32, changed at random in training as `visual.prepare.augment` says; UserError names the file."""
+        """[D, H, W, C] float32, changed at random in training as `visual.prepare.augment` says; UserError names the file."""
         visual = self.experiment.visual
         return augment(read_input(path, visual).values, visual.prepare.augment, self.experiment.train.seed, key)
 

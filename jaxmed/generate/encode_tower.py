@@ -52,8 +52,8 @@ def check(config: TowerConfig, visual: VisualConfig, name: str) -> None:
             f"{name}: model.tower.select_feature is {config.select_feature}; a file's tokens lie on a grid, which holds "
             "patches alone; set it to patch"
         )
-    wanted = {"volume": config.image, "grid": config.grid, "tokens": math.prod(config.grid), "features": config.width}
-    wanted["merge"] = (1, 1, 1)
+    wanted = {"volume": config.image, "channels": config.channels, "grid": config.grid, "tokens": math.prod(config.grid)}
+    wanted |= {"features": config.width, "merge": (1, 1, 1)}
     wrong = [
         f"visual.{field} is {getattr(visual, field)}, not {w}" for field, w in wanted.items() if getattr(visual, field) != w
     ]

@@ -94,7 +94,7 @@ def abstract_pairs(experiment: Experiment, mesh: AnyMesh, rules: Rules) -> PairB
     data = experiment.data
     texts = ((data.batch, data.max_length), jnp.int32)
     described = {
-        "images": ((data.batch, *experiment.visual.volume, 1), jnp.dtype(experiment.model.dtype)),
+        "images": ((data.batch, *experiment.visual.volume, experiment.visual.channels), jnp.dtype(experiment.model.dtype)),
         "tokens": texts,
         "mask": texts,
         "samples": ((data.batch,), jnp.int32),

@@ -3,13 +3,17 @@ greedy ids, a training batch, the contrastive model. Head counts and alpha stand
 
 import csv
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
 from golden_case import Case, norms
+from safetensors.numpy import load_file, save_file
 
 from jaxmed.data.placeholders import PLACEHOLDER
 from jaxmed.data.records import Reading, Record, Turn, load_records
+from jaxmed.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 CASE = Case("vit3d")
@@ -68,6 +72,25 @@ def test_class_token_of_the_tower_alone():
     """With the class token: from the tower's weights in the model's folder."""
     model = CASE.load("lamed_merged", overrides={"vision.heads": 3, "model.tower.select_feature": "cls_patch"})
     CASE.close("vit_last", model.tower(np.stack([model.preprocess(path) for path in TWO_VOLUMES])))
+
+
+def test_a_voxel_of_two_numbers(tmp_path):
+    """Files have the channel first, patches last. Upstream's own numbers, where either channel holds what it would read."""
+    tensors, name = load_file(CASE.path("lamed_merged/model.safetensors")), "patch_embedding.patch_embeddings.1.weight"
+    tower = "model.vision_tower.vision_tower."
+    tensors[tower + name] = np.stack([tensors[tower + name], tensors[tower + name] / 4], axis=-1).reshape(36, 48)
+    shutil.copytree(CASE.path("lamed_merged"), tmp_path / "lamed", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(tensors, tmp_path / "lamed" / "model.safetensors")
+    config = json.loads((tmp_path / "lamed" / "config.json").read_text()) | {"image_channel": 2}
+    (tmp_path / "lamed" / "config.json").write_text(json.dumps(config))
+    model = CASE.load(str(tmp_path / "lamed"), overrides={"vision.heads": 3})
+    first, second = (np.load(path) for path in TWO_VOLUMES)
+    images = [np.concatenate([first, 0 * first]), np.concatenate([0 * second, 4 * second])]
+    CASE.close("image_tokens", np.stack(model.image_tokens(images)))
+    with pytest.raises(UserError, match=r"shape \(1, 8, 24, 21\); the model reads \(2, 8, 24, 21\)$"):
+        model.preprocess(TWO_VOLUMES[0])
+    with pytest.raises(UserError, match=r"one number a voxel, the model reads 2; give prepared \.npy files \(2, 8, 24, 21\)"):
+        model.preprocess(CASE.path("raw/volume_17.nii.gz"))
 
 
 # -- training --------------------------------------------------------------------------------------------------------------
