@@ -120,7 +120,9 @@ class EndpointJudge:
         except (ValueError, AttributeError):
             pass
         text = " ".join(text.split())
-        return f": {text[:200]}" if text else ""
+        path = urllib.parse.urlsplit(self._url).path
+        where = f" (at {path}; mostly the address ends with /v1)" if error.code == 404 and "/v1/" not in path else ""
+        return where + (f": {text[:200]}" if text else "")
 
     def _text_of(self, reply: bytes) -> str:
         """The text of a chat completion."""

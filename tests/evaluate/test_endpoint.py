@@ -117,6 +117,14 @@ def test_what_a_server_can_do_wrong_is_told_without_the_key(serve, reply, told, 
     assert KEY not in str(error.value) and len(server.bodies) == times
 
 
+def test_an_address_without_its_end_is_told(serve):
+    server = serve((404, {}, [b'{"detail": "Not Found"}']))
+    with pytest.raises(
+        JudgeError, match=r"404 Not Found \(at /chat/completions; mostly the address ends with /v1\): Not Found"
+    ):
+        EndpointJudge(f"http://127.0.0.1:{server.server_port}", "m").complete(["p"])
+
+
 def test_a_bound_on_replies_is_asked_for_where_it_is_given(serve):
     server = serve((200, {}, [completion("well", finish_reason="stop")]))
     judge(server, tokens=77).complete(["p"])
