@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxmed.data.regions import REGIONS
 from jaxmed.evaluate import scores, vqa
 from jaxmed.evaluate.judging import Judged
 from jaxmed.evaluate.studies import Study
@@ -124,8 +125,8 @@ def _figures(measured: Measured, rows: np.ndarray, units: np.ndarray, resamples:
 
 
 def _grouped(measured: Measured, names: Sequence[str], units: np.ndarray, resamples: int, seed: int) -> Grouped | None:
-    """Groups in the order in which they come; studies without a name are in none."""
-    known = [name for name in dict.fromkeys(names) if name]
+    """Regions from head to foot, other groups in the order in which they come; studies without a name are in none."""
+    known = [name for name in dict.fromkeys((*REGIONS, *names)) if name and name in names]
     if not known:
         return None
     rows = {name: np.array([name == other for other in names]) for name in known}

@@ -113,7 +113,8 @@ def test_difference_interval_and_p():
 
 
 def test_regions_of_a_comparison():
-    one = compare.compare(run("a", made_up(30, 1, 0.5)), run("b", made_up(30, 2, 0.3)))
+    one = compare.compare(run("a", made_up(30, 1, 0.5)[::-1]), run("b", made_up(30, 2, 0.3)[::-1]))
+    assert list(one.regions) == [*REGIONS, "mean"]  # whichever comes first
     values = [one.regions[region]["rouge_l"].value for region in REGIONS]
     assert one.regions["mean"]["rouge_l"].value == pytest.approx(np.mean(values))
     assert one.regions["pelvis"]["rouge_l"].wins + one.regions["pelvis"]["rouge_l"].losses <= 15
