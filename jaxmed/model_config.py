@@ -26,11 +26,11 @@ class RopeConfig:
 
     theta: float
     """Base of the geometric sequence of wavelengths."""
-    scaling: Literal["none", "llama3", "longrope"] = "none"
-    """`llama3`: wavelengths beyond `original_positions / low_freq_factor` are stretched by `factor` (Llama 3.1 and later);
-    `longrope`: each frequency has a factor of its own (Phi-3 128k)."""
+    scaling: Literal["none", "linear", "llama3", "longrope"] = "none"
+    """`linear`: all wavelengths are stretched by `factor`; `llama3`: those beyond `original_positions / low_freq_factor` are
+    (Llama 3.1 and later); `longrope`: each frequency has a factor of its own (Phi-3 128k)."""
     factor: float = 8.0
-    """Stretch of the longest wavelengths (llama3 scaling alone)."""
+    """Stretch of the longest wavelengths (llama3), or of all (linear)."""
     low_freq_factor: float = 1.0
     """Wavelengths above original_positions / low_freq_factor are stretched in full (llama3 scaling alone)."""
     high_freq_factor: float = 4.0
@@ -46,6 +46,8 @@ class RopeConfig:
 
     def __post_init__(self):
         require(self.theta > 1, f"rope.theta is {self.theta}; it must be above 1")
+        if self.scaling in ("linear", "llama3"):
+            require(self.factor > 0, f"rope.factor is {self.factor}; it must be above 0")
         if self.scaling == "llama3":
             ordered = 0 < self.low_freq_factor < self.high_freq_factor
             require(ordered, "rope: llama3 scaling needs 0 < low_freq_factor < high_freq_factor")

@@ -250,7 +250,10 @@ class TextModel:
 
     def text_of(self, ids: np.ndarray, template: str, keep_special: bool) -> str:
         """Generated ids as text; `keep_special` leaves end tokens and their like in it, as upstream does."""
-        return answer_text(ids.tolist(), self.tokenizer, template or self.experiment.data.template, keep_special)
+        name = template or self.experiment.data.template
+        # LLaVA-Med reads its whole models with the fast tokenizer; adapters are read by LLaVA's code, with the slow one
+        fast = name == "mistral_instruct" and not self.experiment.lora.rank
+        return answer_text(ids.tolist(), self.tokenizer, name, keep_special, whole_bytes=fast)
 
 
 def same_number(images: Sequence[Any], prompts: Sequence[Any]) -> None:

@@ -190,7 +190,7 @@ class Model(TextModel):
             placed = put(dataclasses.replace(batch, order="any"), self.mesh, self._plan.rules)
             if not gradients:
                 total, count, right = self._totals(trainable, frozen, placed)
-                return _loss_of(total / count, count, right)
+                return _loss_of(total / jnp.maximum(count, 1), count, right)
             metrics, grads = self._value_and_grad(trainable, frozen, placed, jax.random.key(0))
             named = export_names(grads, self.experiment)
         return Result(_loss_of(metrics.loss, metrics.count, metrics.right), gradients=named)
@@ -236,4 +236,4 @@ def without_dropout(experiment: Experiment) -> Experiment:
 
 
 def _loss_of(mean: jax.Array, count: jax.Array, right: jax.Array) -> Result:
-    return Result(loss=float(mean), token_count=int(count), token_accuracy=int(right) / int(count))
+    return Result(loss=float(mean), token_count=int(count), token_accuracy=int(right) / max(int(count), 1))

@@ -103,6 +103,16 @@ def test_nothing_supervised_costs_nothing(model):
     assert len(result.gradients) == 60 and not any(g.any() for g in result.gradients.values())
 
 
+def test_what_is_cut_off_costs_nothing():
+    """The answers lie behind the cut once the image is in; before it, they do not."""
+    folder, base = GOLDEN / "llava_lora_z2/checkpoint-16", GOLDEN / "base"
+    short = jaxmed.load(folder, base=base, dtype="float32", overrides={"data.max_length": 130})
+    records = json.loads((GOLDEN / "records_batch.json").read_text())[:1]
+    assert not short.tokens(records)[0].voided
+    result = short.loss(records, embeddings=str(GOLDEN / "embeddings"))
+    assert (result.loss, result.token_count, result.token_accuracy) == (0, 0, 0)
+
+
 def test_a_run_gives_the_answers_of_its_last_step(trained, model):
     again = jaxmed.load(str(trained), mesh=one_device(), dtype="float32")
     ours, theirs = again.logits([IMAGE], [QUESTION])[0], model.logits([IMAGE], [QUESTION])[0]

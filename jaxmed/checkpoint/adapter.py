@@ -44,7 +44,8 @@ def upstream_folder(experiment: Experiment) -> TensorFolder | None:
     kind = detect(folder)
     if not has_lora and kind in ("llava_lora", "peft"):
         raise UserError(f"{folder}: holds no LoRA weights; put its adapter_model.safetensors (or .bin) back there")
-    if not has_projector and kind == "llava_lora" and experiment.visual.kind != "none":
+    projects = experiment.visual.kind != "none" and experiment.model.projector.kind != "identity"
+    if projects and not has_projector and kind == "llava_lora":
         raise UserError(f"{folder}: holds no projector; put its non_lora_trainables.bin back there")
     if has_lora and not experiment.lora.rank:
         raise UserError(f"{folder}: holds LoRA weights and lora.rank is 0; leave --lora.rank out, and the folder decides")

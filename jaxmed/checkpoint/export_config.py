@@ -125,6 +125,8 @@ def fresh_config(decoder: DecoderConfig) -> dict[str, Any]:
 
 def _rope_scaling(decoder: DecoderConfig) -> dict[str, Any] | None:
     rope = decoder.rope
+    if rope.scaling == "linear":
+        return {"rope_type": "linear", "factor": rope.factor}
     if rope.scaling == "llama3":
         return {
             "rope_type": "llama3",
@@ -165,6 +167,7 @@ def adapter_config(experiment: Experiment, upstream: str) -> dict[str, Any]:
     if {name.rsplit(".", 1)[-1] for name in config.get("target_modules") or ()} != set(targets):
         config["target_modules"] = targets
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    config |= {"use_rslora": False} if config.get("use_rslora") else {}  # its scale is in alpha here
     return config | {"r": lora.rank, "lora_alpha": alpha, "lora_dropout": lora.dropout}
 
 

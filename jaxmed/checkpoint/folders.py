@@ -4,7 +4,9 @@ Told from files and tensors, never from the folder's name. What no file stores c
 """
 
 import dataclasses
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from jaxmed.checkpoint.decoder_tables import EMBED, MODULES
@@ -24,13 +26,20 @@ _PLAIN_LORA = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_dora": (False, None),
-    "use_rslora": (False, None),
+    "use_rslora": (False, True, None),
     "fan_in_fan_out": (False, None),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "layers_to_transform": (None,),
     "layer_replication": (None,),
     "lora_bias": (False, None),
+    # Others (pissa, olora, loftq, corda, ...) change the base's weights when the adapter is put on.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
 }
 
 
@@ -99,6 +108,18 @@ def check_same_model(base: DecoderConfig, adapter: DecoderConfig, base_folder: s
         raise UserError(f"{folder}: was not trained on the base {base_folder}: {pairs}; give the right one with --base")
 
 
+def row_length(config: Mapping[str, Any], where: str) -> int:
+    """Tokens after which upstream cuts a sample, images included; 0 where the config names none."""
+    if config.get("mm_use_im_start_end"):
+        raise UserError(
+            f"{where}: mm_use_im_start_end is true; images between the tokens <im_start> and <im_end> are not supported"
+        )
+    length = config.get("tokenizer_model_max_length") or 0
+    if not isinstance(length, int) or length < 0:
+        raise UserError(f"{where}: tokenizer_model_max_length is {length!r}; a whole number is needed")
+    return length
+
+
 def lora_config(adapter: dict[str, Any], folder: str) -> LoraConfig:
     """LoRA's settings from adapter_config.json; variants that compute something else are refused."""
     where = os.path.join(folder, "adapter_config.json")
@@ -115,9 +136,10 @@ def lora_config(adapter: dict[str, Any], folder: str) -> LoraConfig:
     missing = [name for name in ("r", "lora_alpha") if not isinstance(adapter.get(name), int | float)]
     if missing:
         raise UserError(f"{where}: has no {' and no '.join(missing)}")
+    alpha = float(adapter["lora_alpha"])
     return LoraConfig(
         rank=adapter["r"],
-        alpha=float(adapter["lora_alpha"]),
+        alpha=alpha * math.sqrt(adapter["r"]) if adapter.get("use_rslora") else alpha,  # rsLoRA's scale is alpha / sqrt(rank)
         dropout=float(adapter.get("lora_dropout", 0.0)),
         targets=tuple(name for name in LORA_TARGETS if any(name in MODULES[theirs] for theirs in last)),
     )

@@ -83,8 +83,10 @@ def _rope(config: dict[str, Any], where: str, theta: float, head_dim: int, max_p
     if kind in ("longrope", "su"):  # `su` in the first files of Phi-3
         longest = _number(config, "max_position_embeddings", where, max_positions)
         return _longrope(config, settings, where, theta, head_dim, longest)
+    if kind == "linear":
+        return RopeConfig(theta=theta, scaling="linear", factor=float(_number(settings, "factor", where)))
     if kind != "llama3":
-        raise UserError(f"{where}: rope type {kind!r} is not supported; known are default, llama3 and longrope")
+        raise UserError(f"{where}: rope type {kind!r} is not supported; known are default, linear, llama3 and longrope")
     return RopeConfig(
         theta=theta,
         scaling="llama3",

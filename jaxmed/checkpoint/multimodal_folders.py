@@ -25,7 +25,15 @@ from jaxmed.checkpoint.folder_parts import (
     pixels_of,
     visual_config,
 )
-from jaxmed.checkpoint.folders import added_tokens, base_of, check_same_model, llava_experiment, lora_config, peft_experiment
+from jaxmed.checkpoint.folders import (
+    added_tokens,
+    base_of,
+    check_same_model,
+    llava_experiment,
+    lora_config,
+    peft_experiment,
+    row_length,
+)
 from jaxmed.checkpoint.hf_config import decoder_config, decoder_of, read_config
 from jaxmed.checkpoint.hf_io import open_folder
 from jaxmed.checkpoint.m3d_folders import m3d_experiment
@@ -163,9 +171,7 @@ def _image_side(source: Source, select: Selection, tower: str) -> tuple[VisualCo
 
 def _data(config: Mapping[str, Any], tokenizer: str, decoder: DecoderConfig) -> DataConfig:
     """Template and lengths as the published models of a family were trained."""
-    family, length = config["model_type"], config.get("tokenizer_model_max_length") or 0
-    if not isinstance(length, int) or length < 0:
-        raise UserError(f"config.json: tokenizer_model_max_length is {length!r}; a whole number is needed")
+    family, length = config["model_type"], row_length(config, "config.json")
     template = "mistral_instruct" if family == "llava_mistral" else "v1"
     if template == "v1" and has_tokenizer(tokenizer) and Tokenizer.from_folder(tokenizer).token_id("<|start_header_id|>"):
         template = "llama3"
@@ -182,7 +188,8 @@ def _llava_lora(folder: str, base: str, tower: str, given: Given) -> Found:
     kind = detect_base(base)
     if _reads_tokens(config) and kind not in WHOLE:
         _no_tower(folder, tower)
-        return llava_experiment(folder, base, Experiment(model=ModelConfig(decoder=decoder_of(base)))), []
+        data = DataConfig(max_length=row_length(config, where))
+        return llava_experiment(folder, base, Experiment(model=ModelConfig(decoder=decoder_of(base)), data=data)), []
     source = Source(folder, _as_llava(config), where, open_folder(folder))
     if kind in WHOLE:
         found, notices = _MAKERS[kind](base, "", tower, given)

@@ -196,13 +196,15 @@ def encode_prompt_example(turns: Turns, tokenizer: Tokenizer, template: str, opt
     return Example(ids, np.full_like(ids, IGNORE), "")
 
 
-def answer_text(ids: Sequence[int], tokenizer: Tokenizer, template: str, keep_special: bool = False) -> str:
+def answer_text(
+    ids: Sequence[int], tokenizer: Tokenizer, template: str, keep_special: bool = False, whole_bytes: bool = False
+) -> str:
     """Generated ids as upstream printed them (`keep_special`), else without the end tokens that this leaves standing.
 
     Which tokens count as special is the folder's matter: M3D's `[SEG]` stays, and so do Phi-3's `<|end|>` and `<|assistant|>`
     under `keep_special`, as they are not in SAMF's special-token map.
     """
-    text = tokenizer.decode(ids, find_template(template).keeps_special).strip()
+    text = tokenizer.decode(ids, find_template(template).keeps_special, whole_bytes).strip()
     return text if keep_special else strip_terminal(text, tokenizer, template)
 
 

@@ -99,7 +99,7 @@ class JsonBackend:
         self.added: dict[int, tokenizers.AddedToken] = raw.get_added_tokens_decoder()
         self.encode = _encoder(raw)
 
-    def decode(self, ids: Sequence[int], keep_special: bool) -> str:
+    def decode(self, ids: Sequence[int], keep_special: bool, whole_bytes: bool = False) -> str:
         return self._raw.decode(ids, skip_special_tokens=not keep_special)
 
     def token_id(self, token: str) -> int | None:

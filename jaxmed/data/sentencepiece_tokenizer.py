@@ -12,6 +12,7 @@ read the switch. Tokens that have no role (bos, eos, ..., additional) are no spe
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from jaxmed.data.tokenizer_files import ORDINARY, added_token, content, new_toke
 from jaxmed.errors import UserError
 
 _BLANK = "\u2581"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULTS = {
     "tokenizer_class": "LlamaTokenizer",
@@ -98,6 +100,20 @@ def _read_config(folder: str) -> dict[str, Any]:
         tokens = read_json(os.path.join(folder, "tokenizer.json")).get("added_tokens", ())
         config["added_tokens_decoder"] = listed | {token["id"]: token for token in tokens}
     return _DEFAULTS | {key: value for key, value in config.items() if value is not None}
+
+
+def _without_broken_bytes(pieces: Sequence[str]) -> list[str]:
+    """The pieces, with U+FFFD for each byte of a run of bytes that is no UTF-8 (which sentencepiece copies as it stands)."""
+    result: list[str] = []
+    for is_byte, group in itertools.groupby(pieces, key=lambda piece: _BYTE.fullmatch(piece) is not None):
+        run = list(group)
+        if is_byte:
+            try:
+                bytes(int(piece[3:5], 16) for piece in run).decode()
+            except UnicodeDecodeError:
+                run = ["\ufffd"] * len(run)
+        result += run
+    return result
 
 
 class SentencePieceBackend:
@@ -217,7 +233,9 @@ class SentencePieceBackend:
             pieces = self._processor.encode(self._unknown_text + text, out_type=str)[self._unknown_length :]
         return tuple(self._ids.get(piece, self._unknown) for piece in pieces)
 
-    def decode(self, ids: Sequence[int], keep_special: bool) -> str:
+    def decode(self, ids: Sequence[int], keep_special: bool, whole_bytes: bool = False) -> str:
+        """`whole_bytes`: a run of byte pieces that is no UTF-8 becomes U+FFFD as a whole, one a byte, as transformers' fast
+        tokenizer has it; else what of it is UTF-8 stays."""
         texts: list[str] = []
         run: list[str] = []
         for token in ids:
@@ -227,9 +245,11 @@ class SentencePieceBackend:
             if piece not in self._apart:
                 run.append(piece)
                 continue
+            run = _without_broken_bytes(run) if whole_bytes else run
             texts += [text for text in (self._join(run),) if text]
             texts.append(piece)
             run = []
+        run = _without_broken_bytes(run) if whole_bytes else run
         return " ".join([*texts, self._join(run)] if run else texts)
 
     def _join(self, pieces: list[str]) -> str:

@@ -121,10 +121,10 @@ class Tokenizer:
             mask[row, : len(found)] = True
         return ids, mask
 
-    def decode(self, ids: Iterable[int], keep_special: bool = True) -> str:
+    def decode(self, ids: Iterable[int], keep_special: bool = True, whole_bytes: bool = False) -> str:
         """Text of `ids`, cleaned up if the folder says so (where it says nothing: tokenizer.json yes, sentencepiece no),
-        not stripped."""
-        text = self._backend.decode([int(i) for i in ids], keep_special)
+        not stripped. `whole_bytes`: broken UTF-8 as transformers' fast tokenizer shows it (tokenizer.json's always does)."""
+        text = self._backend.decode([int(i) for i in ids], keep_special, whole_bytes)
         return clean_up(text) if self._config["clean_up_tokenization_spaces"] else text
 
     def token_id(self, token: str) -> int | None:

@@ -1,6 +1,6 @@
 """Rotary position embeddings in the half-split convention of Hugging Face's LLaMA; angles in float32.
 
-Sources: RoFormer (arXiv 2104.09864); `llama3` scaling and `longrope` (LongRoPE, arXiv 2402.13753) as in
+Sources: RoFormer (arXiv 2104.09864); `linear` and `llama3` scaling and `longrope` (LongRoPE, arXiv 2402.13753) as in
 huggingface/transformers, src/transformers/modeling_rope_utils.py.
 
 LongRoPE has two lists of frequencies, one for sequences of at most `original_positions` tokens and one for longer ones. A
@@ -20,8 +20,8 @@ from jaxmed.config import RopeConfig
 def inverse_frequencies(rope: RopeConfig, head_dim: int, long: bool = False) -> np.ndarray:
     """[H / 2] float32 radians per position; `long` asks for longrope's list of long sequences."""
     inverse = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if rope.scaling == "none":
-        return inverse.astype(np.float32)
+    if rope.scaling in ("none", "linear"):
+        return (inverse / (rope.factor if rope.scaling == "linear" else 1.0)).astype(np.float32)
     if rope.scaling == "longrope":
         return (inverse / np.asarray(rope.long_factors if long else rope.short_factors)).astype(np.float32)
     wavelength = 2 * math.pi / inverse

@@ -144,9 +144,10 @@ def test_adapter_settings():
     adapter = json.loads((Z2 / "adapter_config.json").read_text())
     assert lora_config(adapter | {"target_modules": ["model.layers.0.mlp.up_proj", "v_proj"]}, "d").targets == ("v", "up")
     assert lora_config(adapter | {"lora_dropout": 0.25, "lora_alpha": 9}, "d") == LoraConfig(7, 9.0, 0.25)
+    assert lora_config(adapter | {"use_rslora": True}, "d").alpha == pytest.approx(12 * 7**0.5)
     for change, word in [
         ({"use_dora": True}, "use_dora"),
-        ({"use_rslora": True}, "use_rslora"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
         ({"bias": "all"}, "bias"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
         ({"layers_to_transform": [1]}, "layers_to_transform"),

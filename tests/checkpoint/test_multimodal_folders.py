@@ -11,6 +11,7 @@ import transformers
 from golden_folders import CLIP, GOLDEN, SIGLIP, case, check_tensors, copy_of, edit, resolve
 from safetensors.numpy import load_file, save_file
 
+from jaxmed.checkpoint.adapter import upstream_folder
 from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.hf_io import open_folder
 from jaxmed.checkpoint.names import canonical_names
@@ -78,6 +79,39 @@ def test_lora_over_a_plain_language_model(tmp_path):
     check_tensors(experiment)
     with pytest.raises(UserError, match=r"image tower \(clip_small46\).*--tower"):
         resolve(folder, str(base))
+
+
+def test_an_adapter_whose_projector_has_no_weights(tmp_path):
+    """`identity` leaves upstream's non_lora_trainables.bin empty."""
+    folder = copy_of("mistral_llava/llava_lora_mistral_tubes", tmp_path / "x")
+    (folder / "non_lora_trainables.bin").unlink()
+    experiment, _ = resolve(folder, "mistral_llava/llava_mistral_base", CLIP)
+    with pytest.raises(UserError, match="holds no projector"):
+        upstream_folder(experiment)
+    edit(folder / "config.json", mm_projector_type="identity")
+    experiment, _ = resolve(folder, "mistral_llava/llava_mistral_base", CLIP)
+    assert upstream_folder(experiment) is not None
+
+
+def test_where_samples_are_cut():
+    """Upstream cuts at its config's length, whatever the image side is."""
+    experiment, _ = resolve("btb3d/llava_lora_z2/checkpoint-16", "btb3d/base")
+    assert experiment.visual.kind == "embeddings" and experiment.data.max_length == 1024
+
+
+@pytest.mark.parametrize(
+    ("folder", "base", "tower"),
+    [
+        ("btb3d/llava_lora_z2/checkpoint-16", "btb3d/base", ""),
+        ("mistral_llava/llava_mistral_short", "", CLIP),
+        ("mistral_llava/llava_lora_mistral_tubes", "mistral_llava/llava_mistral_base", CLIP),
+    ],
+)
+def test_images_between_tokens_of_their_own_are_refused(folder, base, tower, tmp_path):
+    copy = copy_of(folder, tmp_path / "x")
+    edit(copy / "config.json", mm_use_im_start_end=True)
+    with pytest.raises(UserError, match=r"config\.json: mm_use_im_start_end is true.*<im_start>"):
+        resolve(copy, base, tower)
 
 
 def test_tower_named_by_the_config(tmp_path, monkeypatch):

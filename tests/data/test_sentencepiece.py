@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from jaxmed.data.conversation import check_template, encode_prompt, encode_training
 from jaxmed.data.records import Record, Turn, record_from_dict
@@ -285,6 +286,21 @@ def test_an_older_folder_names_its_tokens_elsewhere(tmp_path):
     assert tokenizer.encode("<|end|>", special=False) == [351]
     assert tokenizer.decode([351, 347], keep_special=False) == "<|end|>"
     assert tokenizer.decode(tokenizer.encode("a .", special=False)) == "a ."
+
+
+def test_broken_bytes_as_the_fast_tokenizer_shows_them():
+    """A run of byte pieces that is no UTF-8 is U+FFFD throughout, where the slow one keeps what of it is text."""
+    tokenizer = folder(MISTRAL)
+    good, broken = [0xC3, 0xA9, 0x41], [0x41, 0xE2, 0x82, 0x42]
+    word = tokenizer.encode("The", special=False)
+    fast = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    for run in ([*good], [*broken], [*broken, *good], [0xFF]):
+        ids = [*word, *(tokenizer.token_id(f"<0x{byte:02X}>") for byte in run), *word, 2]
+        shown = tokenizer.decode(ids, keep_special=False, whole_bytes=True)
+        assert shown == fast.decode([tokenizer._backend.spelling(token) for token in ids[:-1]])
+        assert (shown == tokenizer.decode(ids, keep_special=False)) == (run in (good, [0xFF]))
 
 
 def test_pieces_for_display():

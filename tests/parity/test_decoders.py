@@ -40,7 +40,9 @@ CASES = {
         head_dim=8,
         rope=RopeConfig(77.0, "llama3", factor=5.0, low_freq_factor=1.5, high_freq_factor=3.0, original_positions=16),
     ),
-    "tied_mha": dataclasses.replace(BASE, heads=3, kv_heads=3, tied=True, norm_eps=0.02, vocab=256),
+    "tied_mha": dataclasses.replace(
+        BASE, heads=3, kv_heads=3, tied=True, norm_eps=0.02, vocab=256, rope=RopeConfig(77.0, "linear", factor=2.5)
+    ),
     "qkv_bias": dataclasses.replace(BASE, qkv_bias=True, heads=6, kv_heads=2, rope=RopeConfig(1e6)),
     "window": dataclasses.replace(BASE, window=5, layers=3),
     "phi3": dataclasses.replace(BASE, window=7, fused=True, head_dim=4),

@@ -89,6 +89,8 @@ def torch_llama(decoder: DecoderConfig, seed: int = 3) -> PreTrainedModel:
             "high_freq_factor": r.high_freq_factor,
             "original_max_position_embeddings": r.original_positions,
         }
+    if decoder.rope.scaling == "linear":
+        rope["factor"] = decoder.rope.factor
     torch.manual_seed(seed)
     if decoder.fused:
         if decoder.rope.scaling == "longrope":
