@@ -54,7 +54,10 @@ def plan_upstream(values: Values, planner: Planner, to: Format, merge: bool) -> 
     named = _wrapped_names(experiment) if apart else str
     tensors = planner.tensors(whole_rows(experiment) + (lora if apart else []), named, merge=not apart)
     tensors += copied(values, named, _beside_tower(values), planner.chosen)
-    dtype = next(tensor.dtype for tensor in tensors if tensor.ours == "decoder/embed/table")
+    embed = next(tensor for tensor in tensors if tensor.ours == "decoder/embed/table")
+    dtype = embed.dtype
+    if apart and experiment.model.decoder.tied:
+        tensors.append(dataclasses.replace(embed, name=named(HEAD)))  # a state dict has what two modules share twice
     layers, head = kept_layers(values, experiment.model.tower), any(HEAD_OF_TOWER in name for name in values.surplus)
     documents = export_documents.upstream_documents(experiment, to, dtype.name, apart, layers, head)
     files = {WITH_LORA if apart else MODEL: tensors}

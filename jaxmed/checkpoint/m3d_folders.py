@@ -25,9 +25,10 @@ from jaxmed.checkpoint.folders import check_same_model
 from jaxmed.checkpoint.hf_config import decoder_config, decoder_of, language_model
 from jaxmed.checkpoint.hf_io import open_folder
 from jaxmed.checkpoint.projector_tables import FUSION, SLICE_POSITIONS, aggregator_from, fusion_from, projector_from
-from jaxmed.config import DataConfig, DecoderConfig, Experiment, ModelConfig, PixelConfig, TrainConfig
+from jaxmed.config import DataConfig, DecoderConfig, Experiment, ModelConfig, PixelConfig, TrainConfig, replace_field
 from jaxmed.data.tokenizer import Tokenizer, has_tokenizer, read_end_ids
 from jaxmed.errors import UserError
+from jaxmed.models.presets_towers import VIT3D
 
 M3D_TOKENS = ("<im_patch>", "<bx_start>", "<bx_end>", "[SEG]")
 """Tokens that M3D's training adds, in this order; SAMF's adds the first three."""
@@ -45,7 +46,7 @@ _PUBLISHED = {
 
 def m3d_experiment(folder: str, base: str, tower: str, given: Given) -> Found:
     """Merged weights, or the state dict with adapters in it that upstream's training writes, which is whole too."""
-    source, notices = _m3d_source(folder, base)
+    source, notices = _m3d_source(folder, base, given)
     config, samf = source.config, source.config["vision_tower"] != "vit3d"
     layer, feature = config.get("vision_select_layer", -1), config.get("vision_select_feature") or "patch"
     select = Selection(layer, feature, ("dino",) if samf else ("vit3d",), "", given.heads)
@@ -93,26 +94,41 @@ def _assumed(experiment: Experiment, given: Given) -> list[str]:
     return notices
 
 
-def _m3d_source(folder: str, base: str) -> tuple[Source, list[str]]:
-    """The folder with its config; where training wrote none, the base's with what is published of the rest."""
+def _m3d_source(folder: str, base: str, given: Given) -> tuple[Source, list[str]]:
+    """The folder with its config; where training wrote none, the base's with what is published of the rest, or said."""
     tensors = open_folder(folder)
     config, where = json_of(folder), os.path.join(folder, "config.json")
     source = Source(folder, config, where, tensors)
     samf = any(name.startswith(FUSION) for name in source.shapes) or "mm_fuse_type" in config
-    published = _PUBLISHED["samf" if samf else "lamed"]
+    published = _PUBLISHED["samf"] if samf else _PUBLISHED["lamed"] | _sizes_said(given)
     if config:
         if json_of(base):
             check_same_model(decoder_of(base), decoder_config(config, where), base, folder)
-        return replace(source, config={"vision_tower": published["vision_tower"]} | config), []
+        named = {"vision_tower": published["vision_tower"]} | config
+        if "vit3d" in str(named["vision_tower"]).lower():  # upstream looks no closer
+            named["vision_tower"] = "vit3d"
+        return replace(source, config=named), []
     if not json_of(base):
         raise UserError(
             f"{folder}: has no config.json; give the folder of the language model that it was trained from with --base"
         )
     own = json_of(base)
     own["model_type"] = f"lamed_{language_model(own['model_type'])[0]}"
-    where = os.path.join(base, "config.json")
+    where = f"{os.path.join(base, 'config.json')} and the published image side"
     notice = f"{folder}: has no config.json; the language model is that of {base}, the image side as published"
+    notice += "" if samf else " (--set model.tower.image=D,H,W, model.tower.patch=D,H,W say otherwise)"
     return Source(folder, own | published | {"vocab_size": table_rows(source)}, where, tensors), [notice]
+
+
+def _sizes_said(given: Given) -> dict[str, Any]:
+    """Sizes that no tensor has, as M3D's config names them."""
+    names = {"image": "image_size", "patch": "patch_size", "channels": "image_channel"}
+    said = {name: given.fields[f"model.tower.{name}"] for name in names if f"model.tower.{name}" in given.fields}
+    tower = VIT3D
+    for name, value in said.items():
+        tower = replace_field(tower, name, value, "model.tower.")
+    found = {names[name]: getattr(tower, name) for name in said}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def _check_volume(source: Source, image: tuple[int, ...], patch: tuple[int, ...]) -> None:

@@ -121,7 +121,8 @@ def projector_from(config: Mapping[str, Any], shapes: Shapes, where: str) -> Pro
 
     What config.json leaves out is read from the tensors' names; the pooling, which no tensor shows, is then the published one.
     """
-    kind = config.get("mm_projector_type") or ("aggregator" if f"{PROJECTOR}cls_token" in shapes else "spp")
+    told = {f"{PROJECTOR}cls_token": "aggregator", f"{PROJECTOR}linear.weight": "linear"}
+    kind = config.get("mm_projector_type") or next((kind for name, kind in told.items() if name in shapes), "spp")
     if kind not in _PROJECTORS:
         near = difflib.get_close_matches(str(kind), _PROJECTORS, n=1, cutoff=0.0)[0]
         known = ", ".join(_PROJECTORS)

@@ -135,6 +135,48 @@ def test_state_dict_as_training_leaves_it(tmp_path):
         resolve("samf/samf_lora", str(other), **{"vision.heads": 5})
 
 
+def test_state_dict_of_unpublished_sizes(tmp_path):
+    """Tensors hold products of a volume's and a patch's sides, never the sides."""
+    folder = tmp_path / "output"
+    folder.mkdir()
+    tensors = torch.load(GOLDEN / "vit3d/lamed_lora/model_with_lora.bin")
+    torch.save(tensors, folder / "model_with_lora.bin")
+    with pytest.raises(UserError, match=r"published image side: a volume of \(32, 256, 256\) .*168 of 24"):
+        resolve(folder, "vit3d/base", vision__heads=3)
+    sizes = {"model.tower.image": "8,24,21", "model.tower.patch": (2, 4, 3), "vision.heads": 3}
+    experiment, notices = resolve(folder, "vit3d/base", **sizes)
+    whole, _ = resolve("vit3d/lamed_lora", "vit3d/base", vision__heads=3)
+    assert (experiment.model.tower, experiment.visual) == (whole.model.tower, whole.visual)
+    assert any("no config.json" in notice and "model.tower.image" in notice for notice in notices)
+    stem = "base_model.model.model.mm_projector."
+    spp = {name for name in tensors if name.startswith(stem)}
+    linear = {f"{stem}linear.{end}": tensors[f"{stem}projector.0.{end}"] for end in ("weight", "bias")}
+    torch.save({n: t for n, t in tensors.items() if n not in spp} | linear, folder / "model_with_lora.bin")
+    experiment, _ = resolve(folder, "vit3d/base", **sizes)
+    assert (experiment.model.projector.kind, experiment.image_tokens) == ("linear", 168)
+    check_tensors(experiment)
+
+
+def test_tower_named_as_upstream_takes_it(tmp_path):
+    folder = copy_of("vit3d/lamed_merged", tmp_path / "x")
+    edit(folder / "config.json", vision_tower="M3D-ViT3D")
+    assert resolve(folder, vision__heads=3)[0].model.tower == resolve("vit3d/lamed_merged", vision__heads=3)[0].model.tower
+
+
+def test_shared_head_stands_twice_in_a_state_dict(tmp_path):
+    """Upstream's merging script loads model_with_lora.bin strictly, and torch lists what two modules share under both."""
+    folder = copy_of("vit3d/lamed_lora", tmp_path / "x")
+    edit(folder / "config.json", tie_word_embeddings=True)
+    tensors = torch.load(folder / "model_with_lora.bin")
+    tensors["base_model.model.lm_head.weight"] = tensors["base_model.model.model.embed_tokens.weight"]
+    torch.save(tensors, folder / "model_with_lora.bin")
+    plan = plan_export(resolve_model(str(folder), "", "float32", {"vision.heads": 3, "lora.alpha": 15}), "lamed")
+    write_export(plan, str(folder), str(tmp_path / "out"), 10**9, MeshConfig(), lambda text: None)
+    written = torch.load(tmp_path / "out" / "model_with_lora.bin")
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+
+
 def test_adapters_of_several_ranks(tmp_path):
     folder = copy_of("vit3d/lamed_lora", tmp_path / "x")
     tensors = torch.load(folder / "model_with_lora.bin")
