@@ -46,8 +46,9 @@ class Problem:
 class BadRecords(UserError):
     """Every problem found, one line each."""
 
-    def __init__(self, problems: list[Problem]):
+    def __init__(self, problems: list[Problem], noun: str = "record", hint: str = "cannot be used; mend {them}"):
         self.problems = problems
         lines = "\n".join(f"  {p}" for p in problems)
-        count, them = (f"{len(problems)} records", "them") if len(problems) != 1 else ("1 record", "it")
-        super().__init__(f"{count} cannot be used; mend {them}, or pass --on-bad-record skip to go on without {them}:\n{lines}")
+        count, them = (f"{len(problems)} {noun}s", "them") if len(problems) != 1 else (f"1 {noun}", "it")
+        told = hint.format(them=them)
+        super().__init__(f"{count} {told}, or pass --on-bad-record skip to go on without {them}:\n{lines}")

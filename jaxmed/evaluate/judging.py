@@ -175,7 +175,7 @@ def ask(
             hint = f"; what it said is in {kept.path}, the same command asks for the rest" if answered else ""
             raise UserError(f"the judge answered {which}; the last: {problems[-1]}{hint}")
         if problems and not skip:
-            raise BadRecords(problems)
+            raise BadRecords(problems, "answer", "could not be judged; the same command asks for {them} again")
     if groups and not answered and not kept.found:
         raise UserError(f"the judge answered none of {len(groups)} calls; the last: {problems[-1]}")
     place = {question.where: number for number, question in enumerate(asked)}

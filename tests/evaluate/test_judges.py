@@ -158,7 +158,9 @@ def test_what_is_missing_is_asked_again_and_nothing_else(serve, tmp_path):
 def test_stop_ends_at_the_first_fault_and_keeps_what_was_said(serve, tmp_path):
     server = serve(lambda prompt: "nonsense" if "answer 2" in prompt else GOOD.format(0))
     asked = judging.questions(studies(), judging.Settings())
-    with pytest.raises(BadRecords, match=r"study 's2': green"):
+    with pytest.raises(
+        BadRecords, match=r"1 answer could not be judged; the same command asks for it again(.|\n)*study 's2': green"
+    ):
         ask(asked, endpoint(server, parallel=1), tmp_path / "judge.jsonl", skip=False)
     assert len(server.prompts) == 3 and len((tmp_path / "judge.jsonl").read_text().splitlines()) == 2
     zero = judging.Settings(zero=True)
