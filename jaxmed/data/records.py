@@ -1,6 +1,6 @@
 """Reading records: a JSON list (or JSON lines) of {"id", "image", "conversations": [{"from", "value"}, ...]}, as LLaVA has
-them; a table of questions or captions (jaxmed.data.tables, ct_rate), AMOS-MM's dataset.json (amos), or a mixture of such files
-(mixture): whatever it is, records come out. How a file is named says how it is read (record_files).
+them, or of its questions {"question_id", "image", "text"}; a table of questions or captions (jaxmed.data.tables, ct_rate),
+AMOS-MM's dataset.json (amos), or a mixture of such files (mixture): whatever it is, records come out. How a file is named says how it is read (record_files).
 
 What can be wrong with a record is found here, once, with a sentence that says where and what to do. The texts stay as
 the file has them; templates, image places and label masks are jaxmed.data.conversation's matter.
@@ -201,11 +201,21 @@ def _drafts(d: Mapping[str, Any], source: str, reading: Reading) -> Sequence[Dra
     check_keys(d)
     if any(name in d for name in TURNS):
         return [d]
+    if "question_id" in d and isinstance(d.get("text"), str):
+        return [_asked(d)]
     if amos.is_amos(d) or (reading.unanswered and "image" in d and not kind_of(d)):
         return amos.drafts(d, reading)
     if ct_rate.is_ct_rate(d):
         return ct_rate.drafts(d, reading)
     return [draft_of(d, parse(source).path if source else "", reading)] if kind_of(d) else [d]
+
+
+def _asked(d: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of LLaVA's question files: `text` asks about `image`, which LLaVA's evaluation puts in front."""
+    question = d["text"].replace(IMAGE_TOKEN, "").strip()
+    turn = {"from": "human", "value": f"{IMAGE_TOKEN}\n{question}" if d.get("image") else question}
+    rest = {key: value for key, value in d.items() if key not in ("question_id", "text")}
+    return rest | {"id": d["question_id"], TURNS[0]: [turn]}
 
 
 def _record(draft: Draft | Mapping[str, Any], row: int, source: str, reading: Reading) -> Record:

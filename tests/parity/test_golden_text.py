@@ -260,3 +260,20 @@ def test_mistral_batches_before_and_after_the_images(name, cut):
     counts = [spliced_counts(e, [36] * int((e.ids == IMAGE_ID).sum()), cut) for e in examples]
     assert [length for length, _ in counts] == [sum(mask) for mask in golden["spliced_attention_mask"]]
     assert sum(supervised for _, supervised in counts) == golden["supervised_tokens"]
+
+
+def test_a_file_of_llavas_questions(tmp_path):
+    """`text` is what is asked, not a caption; the image comes first, wherever `<image>` stands."""
+    prompts = read("mistral_llava/case.json")["prompts"]
+    lines = [{"question_id": p["id"], "image": p["image"], "text": p["question"], "category": "x"} for p in prompts]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*lines, {"question_id": 99, "text": " Why? "}])))
+    *found, alone = load_records(str(file))[0]
+    asked = {row["id"]: row["prompt_ids"] for row in read("mistral_llava/golden/generate_full.json")}
+    words = tokenizer("mistral_llava/llava_mistral_base")
+    for record, prompt in zip(found, prompts, strict=True):
+        assert (record.id, record.images) == (str(prompt["id"]), (prompt["image"],))
+        turns = [(turn.role, turn.value) for turn in record.turns]
+        ids = encode_prompt_example([*turns, ("gpt", None)], words, "mistral_instruct", TextOptions()).ids
+        assert ids.tolist() == asked[prompt["id"]]
+    assert (alone.id, alone.images, alone.turns) == ("99", (), (Turn("human", "Why?"),))
