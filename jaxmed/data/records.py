@@ -1,6 +1,7 @@
 """Reading records: a JSON list (or JSON lines) of {"id", "image", "conversations": [{"from", "value"}, ...]}, as LLaVA has
 them, or of its questions {"question_id", "image", "text"}; a table of questions or captions (jaxmed.data.tables, ct_rate),
-AMOS-MM's dataset.json (amos), or a mixture of such files (mixture): whatever it is, records come out. How a file is named says how it is read (record_files).
+AMOS-MM's dataset.json (amos), or a mixture of such files (mixture): whatever it is, records come out. How a file is named says
+how it is read (record_files).
 
 What can be wrong with a record is found here, once, with a sentence that says where and what to do. The texts stay as
 the file has them; templates, image places and label masks are jaxmed.data.conversation's matter.
