@@ -181,6 +181,9 @@ class TextModel:
         same_number(images, questions)
         if len(options) != len(questions):
             raise UserError(f"{len(options)} sets of options for {len(questions)} questions; give one a question")
+        for question, choices in zip(questions, options, strict=True):
+            if len(choices) < 2:
+                raise UserError(f"{question!r} has {len(choices)} options; give two at least, {{letter: text}}")
         placeholders = find_template(template or self.experiment.data.template).mask == "m3d"
         lead = " " if placeholders else ""
         asked = [

@@ -14,6 +14,7 @@ import jaxmed
 from jaxmed.cli.main import run
 from jaxmed.config import MeshConfig
 from jaxmed.data.amos import submission
+from jaxmed.errors import UserError
 from jaxmed.evaluate.studies import read_answers
 from jaxmed.generate.engine import Counts
 from jaxmed.sharding import make_mesh
@@ -202,6 +203,9 @@ def test_a_python_session_reports_by_region(shared, model):
     assert {region: generation.text for region, generation in found.items()} == wanted
     counts = model.engine.counts
     assert counts.answers == 3 and counts.prefilled < 0.6 * counts.prompted
+    for few in ({}, {"A": "arterial"}):
+        with pytest.raises(UserError, match=f"'Which phase.' has {len(few)} options; give two at least"):
+            model.answer([image], ["Which phase?"], [few])
 
 
 @pytest.mark.parametrize(
