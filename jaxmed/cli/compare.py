@@ -58,9 +58,7 @@ def _score(
     notices = list(dict.fromkeys([notice for _, more in paired for notice in more] + notices))
     unusable = len(problems)
     judging = scoring.Judging(args.scores, out, args.on_bad_record == "skip", notices)
-    scorers, encoder = scoring.scorers(args.scores, notices)
-    if encoder:
-        notices.append(f"BERTScore reads layer {encoder['layer']} of {encoder['encoder']} ({encoder['hash']}).")
+    scorers, _ = scoring.scorers(args.scores, notices)
     runs = []
     for name, path, own in zip(names(paths), paths, studies, strict=True):
         judged, unjudged = judging.of(own, path)

@@ -80,7 +80,9 @@ def scorers(args: ScoringArgs, notices: list[str]) -> tuple[tuple[text.Scorer, .
     from jaxmed.evaluate.bertscore import BertScore
 
     scorer = BertScore(args.bertscore, args.bertscore_layer)
-    return (*found, scorer), scorer.facts
+    facts = scorer.facts
+    notices.append(f"BERTScore reads layer {facts['layer']} of {facts['encoder']} ({facts['hash']}).")
+    return (*found, scorer), facts
 
 
 def defects(args: ScoringArgs) -> frozenset[str]:

@@ -11,6 +11,7 @@ from jaxmed.errors import UserError
 from jaxmed.evaluate import scores
 from jaxmed.evaluate.bertscore import BertScore
 from jaxmed.evaluate.studies import Study
+from jaxmed.report import evaluation
 
 BERT = "tests/golden/vit3d/bert_tiny"
 PAIRS = [
@@ -83,12 +84,16 @@ def test_roberta_counts_positions_from_its_padding_on(roberta):
     assert len(scorer.ids("x" * 90)) == 48  # cut at its positions less the two before the first
 
 
-def test_it_joins_the_other_scores_and_their_intervals(bert):
+def test_it_joins_the_other_scores_and_their_intervals(bert, tmp_path):
     studies = [Study(str(i), "", ("q",), (a,), (r,)) for i, (a, r) in enumerate(PAIRS)]
     found = scores.score(studies, [("lung",)] * 3, "zeros", 20, scorers=(bert,))
     assert found.corpus["bertscore"] == pytest.approx(sum(bert(*pair) for pair in PAIRS) / 3)
     assert found.intervals["bertscore"][0] < found.corpus["bertscore"] < found.intervals["bertscore"][1]
     assert found.control.drop["bertscore"] != 0 and "meteor_exact" not in found.corpus
+    beside = evaluation.Beside(bertscore=bert.facts)
+    page = tmp_path / "page.html"
+    evaluation.write_page(page, studies, found, "t", [], [], evaluation.PageOptions(), beside=beside)
+    assert 'BERTScore<br><span class="soft small">bert_tiny, layer 1</span>' in page.read_text()  # beside the figure
 
 
 def test_folders_that_cannot_be_used(tmp_path):
