@@ -84,6 +84,7 @@ def _fresh(experiment: Experiment, to: str) -> Document:
         config = _m3d_fields(experiment, to)
     decoder["sliding_window"] = model.decoder.window or None
     projector = {"mm_projector_type": model.projector.kind, "mm_hidden_size": experiment.visual.features}
+    projector["tie_word_embeddings"] = model.decoder.tied
     return decoder | config | projector | {"model_type": family, "architectures": [_CLASSES[family]]}
 
 
@@ -92,8 +93,8 @@ def _m3d_fields(experiment: Experiment, to: str) -> Document:
     fields: Document = {
         "vision_tower": "vit3d" if to == "lamed" else "dino",
         "vision_select_layer": tower.select_layer,
-        "vision_select_feature": "patch" if to == "lamed" else tower.select_feature,
-        "image_channel": 1,
+        "vision_select_feature": tower.select_feature,
+        "image_channel": tower.channels if to == "lamed" else 1,
     }
     if to == "lamed":
         spp = model.projector

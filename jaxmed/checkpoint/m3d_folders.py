@@ -121,14 +121,16 @@ def _m3d_source(folder: str, base: str, given: Given) -> tuple[Source, list[str]
 
 
 def _sizes_said(given: Given) -> dict[str, Any]:
-    """Sizes that no tensor has, as M3D's config names them."""
+    """Sizes that no tensor has, and what is taken from the tower, as M3D's config names them."""
     names = {"image": "image_size", "patch": "patch_size", "channels": "image_channel"}
-    said = {name: given.fields[f"model.tower.{name}"] for name in names if f"model.tower.{name}" in given.fields}
-    tower = VIT3D
-    for name, value in said.items():
-        tower = replace_field(tower, name, value, "model.tower.")
-    found = {names[name]: getattr(tower, name) for name in said}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    names |= {"select_feature": "vision_select_feature", "select_layer": "vision_select_layer"}
+    any_size = replace(VIT3D, image=(2**20,) * 3, patch=(1, 1, 1))  # each is read by itself
+    found = {}
+    for ours, theirs in names.items():
+        if (name := f"model.tower.{ours}") in given.fields:
+            value = getattr(replace_field(any_size, ours, given.fields[name], "model.tower."), ours)
+            found[theirs] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def _check_volume(source: Source, image: tuple[int, ...], patch: tuple[int, ...]) -> None:

@@ -148,6 +148,8 @@ def test_state_dict_of_unpublished_sizes(tmp_path):
     whole, _ = resolve("vit3d/lamed_lora", "vit3d/base", vision__heads=3)
     assert (experiment.model.tower, experiment.visual) == (whole.model.tower, whole.visual)
     assert any("no config.json" in notice and "model.tower.image" in notice for notice in notices)
+    other = sizes | {"model.tower.image": "8,12,42", "model.tower.patch": "2,2,6"}  # neither fits the published other one
+    assert resolve(folder, "vit3d/base", **other)[0].visual.grid == (4, 6, 7)
     stem = "base_model.model.model.mm_projector."
     spp = {name for name in tensors if name.startswith(stem)}
     linear = {f"{stem}linear.{end}": tensors[f"{stem}projector.0.{end}"] for end in ("weight", "bias")}
@@ -175,6 +177,26 @@ def test_shared_head_stands_twice_in_a_state_dict(tmp_path):
     written = torch.load(tmp_path / "out" / "model_with_lora.bin")
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+
+
+def test_config_that_is_made_says_everything(tmp_path):
+    """Of a model whose folder had none: other numbers a voxel, the class token, a head that is the embedding."""
+    folder, base = tmp_path / "output", copy_of("vit3d/base", tmp_path / "base")
+    folder.mkdir()
+    edit(base / "config.json", tie_word_embeddings=True)
+    tensors = torch.load(GOLDEN / "vit3d/lamed_lora/model_with_lora.bin")
+    stem = "base_model.model.model.mm_projector."
+    kept = {name: x for name, x in tensors.items() if not name.startswith((stem, "base_model.model.lm_head"))}
+    linear = {f"{stem}linear.{end}": tensors[f"{stem}projector.0.{end}"] for end in ("weight", "bias")}
+    torch.save(kept | linear, folder / "model_with_lora.bin")
+    said = {"image": (8, 12, 21), "patch": (2, 2, 3), "channels": 2, "select_feature": "cls_patch", "heads": 3}
+    first = resolve_model(str(folder), str(base), "float32", {f"model.tower.{name}": value for name, value in said.items()})
+    assert (first.image_tokens, first.visual.channels) == (169, 2)
+    write_export(plan_export(first, "lamed", merge=True), str(folder), str(tmp_path / "out"), 10**9, MeshConfig(), print)
+    again = resolve_model(str(tmp_path / "out"), "", "float32", {"vision.heads": 3})
+    assert (again.model.tower, again.model.projector, again.visual) == (first.model.tower, first.model.projector, first.visual)
+    assert again.model.decoder.tied
+    check_tensors(again)
 
 
 def test_adapters_of_several_ranks(tmp_path):
