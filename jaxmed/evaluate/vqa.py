@@ -59,14 +59,14 @@ def parse(answer: str, options: Mapping[str, str]) -> str:
 
 
 def _stated(answer: str, letters: str, another: str) -> str:
-    """The one capital letter of which the answer says that it is its answer, "" for none. An A before a word is an article."""
+    """The one letter of which the answer says that it is its answer, "" for none. Before a word a capital counts, but for A."""
     small = letters.lower()
     first = re.match(rf"{_BEFORE}(?:{_WORDS})?[\s:=]*{_BEFORE}({letters}|{small})(?!{another}){_END}", answer)
     if first:
         return first[1].upper()
-    behind = rf"(?:{_END}|(?<!A)(?![\w'-]))"
-    found = re.finditer(rf"\b{_SAYS}\s*(?i:option|choice)?{_BEFORE}({letters})(?!{another}){behind}", answer)
-    named = {one[1] for one in found}
+    behind = rf"(?:{_END}|(?<![A{small.replace('|', '')}])(?![\w'-]))"
+    found = re.finditer(rf"\b{_SAYS}\s*(?i:option|choice)?{_BEFORE}({letters}|{small})(?!{another}){behind}", answer)
+    named = {one[1].upper() for one in found}
     return named.pop() if len(named) == 1 else ""
 
 

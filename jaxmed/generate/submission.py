@@ -7,6 +7,7 @@ from jaxmed.data.amos import is_question, submission
 from jaxmed.data.record_files import parse
 from jaxmed.data.records import Record
 from jaxmed.errors import BadRecords, Problem, UserError
+from jaxmed.evaluate.studies import strip_end
 from jaxmed.evaluate.vqa import parse as letter_of
 from jaxmed.generate.journal import write_json
 
@@ -50,11 +51,12 @@ def _predictions(path: str, options: dict[str, dict[str, str]], skip: bool) -> d
 
 
 def _prediction(name: str, answer: dict[str, str], options: dict[str, str]) -> str:
-    if not is_question(name):
-        return answer["answer"]
-    if "prediction" in answer:
+    if "prediction" in answer and is_question(name):
         return answer["prediction"]
-    return letter_of(answer["answer"], options) if options else answer["answer"].strip()[:1]
+    text = strip_end(answer["answer"])  # of `--keep-special-tokens`
+    if not is_question(name):
+        return text
+    return letter_of(text, options) if options else text[:1]
 
 
 def _nameless(answer: dict[str, str], options: dict[str, str]) -> str:

@@ -47,10 +47,17 @@ def test_the_option_that_an_answer_names(answer, letter):
         ),
         ("B", "answer: b | The answer is B. | Final answer: **B** | Option B | Option B: left | I choose B, as it is big"),
         ("B", "The correct option is B because of the hilum | My answer would be option B | It's B. | B\nis seen"),
+        ("B", "the answer is b. | I would choose (b)."),
         ("C", "The answer is a cyst | The answer is A cyst. | 'A cyst' | The best choice is (C), a cyst; not B"),
         ("", "A or B | (A) or (B) | A and C | A/B | A, B | A & D | The answer is B or C | B, C and D | Answer: A, B"),
-        ("", "Option B is wrong | The answer is B. No, the answer is C. | It is a lesion | Answer: unclear | C5 vertebra"),
-        ("", "I would not choose between them | The answer is E | [ ] | ... | Answer: | option | vitamin B or D"),
+        (
+            "",
+            "Option B is wrong | The answer is B. No, the answer is C. | It is a lesion | Answer: unclear | C5 vertebra",
+        ),
+        (
+            "",
+            "I would not choose between them | The answer is E | [ ] | ... | Answer: | option | vitamin B or D | It is b dominant",
+        ),
         ("B", "B, a common one | B and nothing else | B/lung | B-sided"),
     ],
 )

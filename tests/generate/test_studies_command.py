@@ -14,9 +14,11 @@ import jaxmed
 from jaxmed.cli.main import run
 from jaxmed.config import MeshConfig
 from jaxmed.data.amos import submission
+from jaxmed.data.records import Reading, load_records
 from jaxmed.errors import UserError
 from jaxmed.evaluate.studies import read_answers
 from jaxmed.generate.engine import Counts
+from jaxmed.generate.submission import write_submission
 from jaxmed.sharding import make_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vit3d"
@@ -177,6 +179,20 @@ def test_the_challenges_file(dataset, judged, shared, tmp_path, capsys):
         assert predicted == [letters[f"{case}/qa{n}"]["prediction"] for n in range(2)]
     predictions = {k: a["answer"] for k, a in texts.items()} | {k: a["prediction"] for k, a in letters.items()}
     assert made == submission(skeleton, predictions, "validation")
+
+
+def test_end_tokens_are_not_submitted(dataset, tmp_path):
+    records = [load_records(f"{dataset}:validation{task}", Reading(placeholders=True))[0] for task in ("", ":vqa")]
+    for name, texts in (("r", records[0]), ("q", records[1])):
+        said = [
+            {"id": r.id, "question": "?", "answer": "The answer is b.</s>" if name == "q" else "Clear. </s>"} for r in texts
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"image": "x", "conversations_out": [one]} for one in said]))
+    results = [str(tmp_path / "r.json"), str(tmp_path / "q.json")]
+    write_submission(str(tmp_path / "s.json"), f"{dataset}:validation", results, records[1], skip=False)
+    made = [entry["labels"] for entry in json.loads((tmp_path / "s.json").read_text())["validation"]]
+    assert {text for labels in made for text in labels["report"]["findings"].values()} == {"Clear.", ""}
+    assert {item["prediction"] for labels in made for item in labels["qa"]} == {"B"}
 
 
 def test_answers_that_name_no_option_are_told(dataset, tmp_path, capsys):
