@@ -145,12 +145,12 @@ def _llava_hf(folder: str, base: str, tower: str, given: Given) -> Found:
 
 def _with_tower(source: Source, decoder: DecoderConfig, select: Selection, base: str, tower: str) -> Found:
     """A LLaVA model: all trains but the tower, as upstream's full fine-tuning has it."""
-    folder, config = source.folder, source.config
+    folder = source.folder
     words = folder if has_tokenizer(folder) or not base else base
     decoder = cut_vocabulary(decoder, words)
     image, fields, notices = _image_side(source, select, tower)
     model = ModelConfig(decoder=decoder, base=folder, tokenizer="" if words == folder else words, **fields)
-    data = _data(config, words, decoder)
+    data = _data(source, words, decoder)
     return Experiment(
         model=model, visual=image, lora=LoraConfig(rank=0), train=TrainConfig(trainable="all"), data=data
     ), notices
@@ -169,9 +169,9 @@ def _image_side(source: Source, select: Selection, tower: str) -> tuple[VisualCo
     return visual_config(found.config, pixels), fields, [*found.notices, *more]
 
 
-def _data(config: Mapping[str, Any], tokenizer: str, decoder: DecoderConfig) -> DataConfig:
+def _data(source: Source, tokenizer: str, decoder: DecoderConfig) -> DataConfig:
     """Template and lengths as the published models of a family were trained."""
-    family, length = config["model_type"], row_length(config, "config.json")
+    family, length = source.config["model_type"], row_length(source.config, source.where)
     template = "mistral_instruct" if family == "llava_mistral" else "v1"
     if template == "v1" and has_tokenizer(tokenizer) and Tokenizer.from_folder(tokenizer).token_id("<|start_header_id|>"):
         template = "llama3"
@@ -209,7 +209,7 @@ def _llava_lora(folder: str, base: str, tower: str, given: Given) -> Found:
         projector=ProjectorConfig(kind=config.get("mm_projector_type", "linear")),
     )
     train = TrainConfig(trainable="adapter", train_embed_tokens=EMBED in source.shapes)
-    data = _data(source.config, model.tokenizer or base, decoder)
+    data = _data(source, model.tokenizer or base, decoder)
     return replace(found, model=model, lora=lora_config(adapter, folder), train=train, data=data), notices
 
 
