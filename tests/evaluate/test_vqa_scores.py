@@ -54,10 +54,8 @@ def test_the_option_that_an_answer_names(answer, letter):
             "",
             "Option B is wrong | The answer is B. No, the answer is C. | It is a lesion | Answer: unclear | C5 vertebra",
         ),
-        (
-            "",
-            "I would not choose between them | The answer is E | [ ] | ... | Answer: | option | vitamin B or D | It is b dominant",
-        ),
+        ("", "I would not choose between them | The answer is E | [ ] | ... | Answer: | option | vitamin B or D"),
+        ("", "It is b dominant | Option B was wrong"),
         ("B", "B, a common one | B and nothing else | B/lung | B-sided"),
     ],
 )
