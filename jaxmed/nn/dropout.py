@@ -47,7 +47,8 @@ class Dropout:
         )
         bits = mix(self.bits[..., None] ^ (feature * jnp.uint32(0x165667B1)))
         keep = bits >= jnp.uint32(round(self.rate * 2**32))
-        return jnp.where(keep, x / (1.0 - self.rate), 0.0).astype(x.dtype)
+        # a product: of a `where` JAX would keep the zeros, as large as x, for all of a loop over layers
+        return x / (1.0 - self.rate) * keep.astype(x.dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -102,9 +102,11 @@ def attend_dropped(segment_ids: jax.Array, dropout: Dropout, rules: Rules, mask:
     segment_ids = reshard(segment_ids, rules.spec("batch", None))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        allowed = mask(segment_ids, segment_ids, segment_ids, segment_ids)[:, :, None]
+        bias = NEGATIVE * ~mask(segment_ids, segment_ids, segment_ids, segment_ids)
+        # tied to q: otherwise JAX takes the mask, the same in every layer and as large as the scores, out of the loop over layers
+        q, bias = jax.lax.optimization_barrier((q, bias))
         scores = jnp.einsum("btqh,bsqh->btqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        weights = jax.nn.softmax(jnp.where(allowed, scores, NEGATIVE), axis=-1)
+        weights = jax.nn.softmax(scores + bias[:, :, None], axis=-1)
         flat = weights.reshape(*weights.shape[:2], -1, out_sharding=rules.spec("batch", None, None))
         kept = dropout(flat, rules, None).reshape(weights.shape, out_sharding=rules.spec("batch", None, None, None))
         return jnp.einsum("btqs,bsqh->btqh", kept.astype(v.dtype), v)
