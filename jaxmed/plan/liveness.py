@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxmed.plan.jaxprs import CALLS, explicit, gathers, inner_jaxprs, is_kernel, nbytes, on_host, source
-from jaxmed.plan.readers import cast_before, gathered_ahead, is_var, last_readers
+from jaxmed.plan.readers import cast_before, gathered_ahead, gradients_last, is_var, last_readers
 
 VIEWS = {
     "reshape", "squeeze", "expand_dims", "transpose", "slice", "rev", "broadcast_in_dim", "pvary", "pcast", "copy", "copy_p",
@@ -80,6 +80,8 @@ class Machine:
     """(equation, variable, machine) -> class of a new buffer"""
     ahead: bool = False
     """Whether weights are gathered before their reader's turn, outside of loops: by several GPUs"""
+    matrices: frozenset[tuple] = frozenset()
+    """Shapes of a layer's weights whose gradients are made last in it, likewise"""
     depth: int = 0
     """Loops over layers around the equation"""
     loops: int = 0
@@ -120,7 +122,9 @@ class Machine:
         env: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
         for v in jaxpr.constvars:
             env[v] = Value(())
-        eqns = gathered_ahead(jaxpr) if self.ahead and not self.loops else jaxpr.eqns
+        eqns = gradients_last(jaxpr, self.matrices) if self.matrices and self.loops else jaxpr.eqns
+        if self.ahead and not self.loops:
+            eqns = gathered_ahead(jaxpr)
         last, casts = last_readers(jaxpr, eqns), cast_before(jaxpr)
         for v in [*jaxpr.invars, *jaxpr.constvars]:
             if v not in last:

@@ -85,7 +85,9 @@ def estimate(program: Program, experiment: Experiment, platform: str) -> Memory:
 
     mesh = experiment.mesh
     alone = mesh.data * mesh.fsdp * mesh.context * mesh.tensor == 1
-    machine = Machine(platform != "cpu", 2.0 if platform == "cuda" else 1.0, label, platform == "cuda" and not alone)
+    several = platform == "cuda" and not alone
+    matrices = _matrices(program, jaxpr, depths) if several else frozenset()
+    machine = Machine(platform != "cpu", 2.0 if platform == "cuda" else 1.0, label, several, matrices)
     arguments = []
     for v, kind, donated, name in zip(jaxpr.invars, program.classes, program.donated, program.names, strict=True):
         buffer = machine.make(nbytes(v.aval), kind, f"{v.aval.str_short(short_dtypes=True)} {name}")
@@ -105,6 +107,13 @@ def stacks(experiment: Experiment) -> set[tuple[int]]:
         return {(tower,), (experiment.contrastive.text.layers,)}
     trained = experiment.has_tower and experiment.train.train_tower
     return {(experiment.model.decoder.layers,)} | ({(tower,)} if trained else set())
+
+
+def _matrices(program: Program, jaxpr: Any, depths: set[tuple[int]]) -> frozenset[tuple]:
+    """Shapes of a layer's trained weights, adapters aside."""
+    named = zip(jaxpr.invars, program.classes, program.names, strict=True)
+    trained = (v.aval.shape for v, kind, name in named if kind == "trainable" and name.endswith("weight"))
+    return frozenset(shape[1:] for shape in trained if len(shape) == 3 and shape[:1] in depths)
 
 
 def kept_on_host(jaxpr: Any) -> int:

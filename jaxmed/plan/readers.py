@@ -1,6 +1,6 @@
 """Who reads a variable of a jaxpr, and how: for jaxmed.plan.liveness."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from jaxmed.plan.jaxprs import CALLS, gathers, inner_jaxprs, nbytes
@@ -29,6 +29,22 @@ def gathered_ahead(jaxpr: Any, products: int = 3) -> list[Any]:
                     seen, place = seen + 1, index
         ordered.insert(place, eqn)
     return ordered
+
+
+def gradients_last(jaxpr: Any, matrices: Set[tuple]) -> list[Any]:
+    """The equations in an order in which what makes gradients of weights, of shapes `matrices`, comes last: several GPUs leave
+    those products to the end of a layer, to hide transfers behind them, and hold their factors until then."""
+    left: set[int] = set()
+    wanted: set[Any] = set()  # what equations read that are not left to the end
+    for eqn in reversed(jaxpr.eqns):
+        shapes = (tuple(v.aval.shape) for v in eqn.outvars)
+        makes = any(shape in matrices or shape[::-1] in matrices for shape in shapes)
+        if makes and not wanted & set(eqn.outvars):
+            left.add(id(eqn))
+        else:
+            wanted |= {v for v in eqn.invars if is_var(v)}
+    moved = [eqn for eqn in jaxpr.eqns if id(eqn) in left]
+    return [eqn for eqn in jaxpr.eqns if id(eqn) not in left] + moved
 
 
 def is_var(v: Any) -> bool:

@@ -12,6 +12,7 @@ from jaxmed._configs import btb3d
 from jaxmed.config import MeshConfig
 from jaxmed.plan import programs
 from jaxmed.plan.analysis import analyse
+from jaxmed.plan.jaxprs import equations
 from jaxmed.plan.lowering import compile_step, out_of_memory
 from jaxmed.plan.memory import COMPILER_SHARE, estimate
 from jaxmed.plan.topology import parse_topology
@@ -138,3 +139,20 @@ def test_a_prefills_classes_agree_with_the_gpu_compiler():
     memory = analyse(config, topology, "prefill", length).memory
     assert memory.total == pytest.approx(compiled.used, rel=0.05)
     assert memory.classes["gathered weights"] >= 128512 * 4096 * 2
+
+
+def test_no_mask_or_zeros_of_the_scores_size_go_round_the_loop_over_texts():
+    """JAX takes what no layer changes out of that loop: the mask, and the zeros of a `where`, must not be such arrays."""
+    experiment = small_pairs()
+    mesh, texts = experiment.mesh, experiment.contrastive.text
+    pairs, length = experiment.data.batch, experiment.data.max_length
+    devices = programs.abstract_mesh((mesh.data, mesh.fsdp, mesh.context, mesh.tensor), "cuda")
+    with jax.sharding.use_abstract_mesh(devices):
+        program = programs.trace(experiment, devices, "train", length, "cuda")
+    loops = [
+        e.eqn for e in equations(program.traced.jaxpr.jaxpr) if e.name == "scan" and e.eqn.params["length"] == texts.layers
+    ]
+    shapes = [v.aval.shape for loop in loops for v in loop.invars]
+    assert (pairs, length, texts.width) in shapes, "residual streams do"
+    assert not {(pairs, length, texts.heads, length), (pairs, length, texts.heads * length)} & {*shapes}
+    assert shapes.count((pairs, length, texts.width)) == 2, "the stream's and its gradient's; no zeros of dropout"
