@@ -127,8 +127,10 @@ def lora_config(adapter: dict[str, Any], folder: str) -> LoraConfig:
         if adapter.get(name, known[0]) not in known:
             raise UserError(f"{where}: {name} is {adapter[name]!r}; plain LoRA ({name} {known[0]!r}) is supported")
     named = adapter.get("target_modules")
+    if isinstance(named, str):  # a pattern, or `all-linear`: what it matched has adapters
+        named = [name.split(".lora_A.")[0] for name in open_folder(folder).names() if ".lora_A." in name]
     if not isinstance(named, list) or not named:
-        raise UserError(f"{where}: target_modules is {named!r}, a list of module names is needed")
+        raise UserError(f"{where}: target_modules is {adapter.get('target_modules')!r}, a list of module names is needed")
     last = {name.rsplit(".", 1)[-1] for name in named}
     unknown = sorted(last - set(MODULES))
     if unknown:

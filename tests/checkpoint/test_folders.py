@@ -144,6 +144,8 @@ def test_adapter_settings():
     adapter = json.loads((Z2 / "adapter_config.json").read_text())
     assert lora_config(adapter | {"target_modules": ["model.layers.0.mlp.up_proj", "v_proj"]}, "d").targets == ("v", "up")
     assert lora_config(adapter | {"lora_dropout": 0.25, "lora_alpha": 9}, "d") == LoraConfig(7, 9.0, 0.25)
+    pattern = {"target_modules": r".*\.(self_attn|mlp)\.\w+"}
+    assert lora_config(adapter | pattern, str(Z2)) == lora_config(adapter, "d")
     assert lora_config(adapter | {"use_rslora": True}, "d").alpha == pytest.approx(12 * 7**0.5)
     for change, word in [
         ({"use_dora": True}, "use_dora"),
@@ -152,7 +154,7 @@ def test_adapter_settings():
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
         ({"layers_to_transform": [1]}, "layers_to_transform"),
         ({"peft_type": "LOHA"}, "LOHA"),
-        ({"target_modules": "all-linear"}, "target_modules"),
+        ({"target_modules": []}, "target_modules"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
         ({"r": None}, "no r"),
     ]:
