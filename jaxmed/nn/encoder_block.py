@@ -103,7 +103,7 @@ def attend_dropped(segment_ids: jax.Array, dropout: Dropout, rules: Rules, mask:
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         bias = NEGATIVE * ~mask(segment_ids, segment_ids, segment_ids, segment_ids)
-        # tied to q: otherwise JAX takes the mask, the same in every layer and as large as the scores, out of the loop over layers
+        # tied to q: otherwise JAX takes the mask, the same in every layer and large as the scores, out of the loop over layers
         q, bias = jax.lax.optimization_barrier((q, bias))
         scores = jnp.einsum("btqh,bsqh->btqs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(scores + bias[:, :, None], axis=-1)
