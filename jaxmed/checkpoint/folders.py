@@ -15,7 +15,7 @@ from jaxmed.checkpoint.hf_io import TensorFolder, open_folder, read_json
 from jaxmed.checkpoint.names import canonical_names
 from jaxmed.checkpoint.projector_tables import PROJECTOR
 from jaxmed.config import LORA_TARGETS, DecoderConfig, Experiment, LoraConfig, ProjectorConfig, VisualConfig
-from jaxmed.data.tokenizer import has_tokenizer
+from jaxmed.data.tokenizer import has_tokenizer, read_end_ids
 from jaxmed.errors import UserError
 
 # BTB3D's tokens in the order in which its training adds them, for a folder that came without its tokenizer.
@@ -63,6 +63,7 @@ def llava_experiment(folder: str, base: str, defaults: Experiment) -> Experiment
         adapter=folder,
         tokenizer=folder if has_tokenizer(folder) else defaults.model.tokenizer,
         added_tokens=added,
+        end_ids=base_end_ids(folder, base),
     )
     return dataclasses.replace(
         defaults,
@@ -96,6 +97,16 @@ def base_of(folder: str, adapter: dict[str, Any]) -> str:
     if not found:
         raise UserError(f"{folder}: its base model {named!r} is not on this machine; give its folder with --base")
     return found
+
+
+def base_end_ids(folder: str, base: str) -> tuple[int, ...]:
+    """Ids that end an answer where the adapter's folder brings a tokenizer and no generation_config.json: upstream generates
+    with the base's, whatever else either folder says. (): what the tokenizer's folder states serves."""
+    given, alone = (os.path.join(place, "generation_config.json") for place in (base, folder))
+    if not has_tokenizer(folder) or os.path.exists(alone) or not os.path.exists(given):
+        return ()
+    ends = read_end_ids(base)
+    return () if set(ends) == set(read_end_ids(folder)) else ends
 
 
 def check_same_model(base: DecoderConfig, adapter: DecoderConfig, base_folder: str, folder: str) -> None:

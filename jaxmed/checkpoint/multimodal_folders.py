@@ -27,6 +27,7 @@ from jaxmed.checkpoint.folder_parts import (
 )
 from jaxmed.checkpoint.folders import (
     added_tokens,
+    base_end_ids,
     base_of,
     check_same_model,
     llava_experiment,
@@ -206,6 +207,7 @@ def _llava_lora(folder: str, base: str, tower: str, given: Given) -> Found:
         adapter=folder,
         added_tokens=added,
         tokenizer=folder if has_tokenizer(folder) else found.model.tokenizer,
+        end_ids=base_end_ids(folder, base),
         projector=ProjectorConfig(kind=config.get("mm_projector_type", "linear")),
     )
     train = TrainConfig(trainable="adapter", train_embed_tokens=EMBED in source.shapes)

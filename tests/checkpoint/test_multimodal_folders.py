@@ -93,6 +93,26 @@ def test_an_adapter_whose_projector_has_no_weights(tmp_path):
     assert upstream_folder(experiment) is not None
 
 
+@pytest.mark.parametrize(
+    ("folder", "base", "tower"),
+    [
+        ("btb3d/llava_lora_z2/checkpoint-16", "btb3d/base", ""),
+        ("mistral_llava/llava_lora_mistral_tubes", "mistral_llava/llava_mistral_base", CLIP),
+    ],
+)
+def test_answers_end_where_the_base_says(folder, base, tower, tmp_path):
+    """As upstream generates: by the base's generation_config.json, though the adapter's folder has tokenizer and config."""
+    adapter, other = copy_of(folder, tmp_path / "x"), copy_of(base, tmp_path / "base")
+    for file in other.glob("tokenizer*"):
+        if not (adapter / file.name).exists():
+            shutil.copyfile(file, adapter / file.name)
+    assert resolve(adapter, str(other), tower)[0].model.end_ids == ()
+    edit(other / "generation_config.json", eos_token_id=[7, 40])
+    assert resolve(adapter, str(other), tower)[0].model.end_ids == (7, 40)
+    (adapter / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert resolve(adapter, str(other), tower)[0].model.end_ids == ()
+
+
 def test_where_samples_are_cut():
     """Upstream cuts at its config's length, whatever the image side is."""
     experiment, _ = resolve("btb3d/llava_lora_z2/checkpoint-16", "btb3d/base")
