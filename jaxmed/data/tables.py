@@ -161,7 +161,7 @@ def _report(text: str, source: str, image: Any) -> str:
     if not found:
         raise UserError(f"its text {text!r} is not there; looked in {', '.join(dict.fromkeys(map(os.path.dirname, paths)))}")
     try:
-        with open(found, encoding="utf-8") as file:
+        with open(found, encoding="utf-8-sig") as file:
             whole = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{found}: cannot be read ({error}); save it as UTF-8") from error

@@ -178,7 +178,7 @@ def test_a_report_that_was_prepared_is_not_cut_again(tmp_path):
 def test_lists_of_several_and_texts_in_files(tmp_path):
     (tmp_path / "cases" / "lists").mkdir(parents=True)
     (tmp_path / "cases" / "7.txt").write_text("study_findings: Clear lungs.\n")
-    (tmp_path / "cases" / "lists" / "8.txt").write_text("Small stone.")
+    (tmp_path / "cases" / "lists" / "8.txt").write_text("\ufeffSmall stone.")
     rows = [{"image": "7.npy", "text": "7.txt"}, {"image": "8.npy", "text": "8.txt"}, {"image": "9.npy", "text": "In short."}]
     path = write(tmp_path / "cases" / "lists", json.dumps({"train": rows[:1], "test": rows}), "cap.json")
     records, problems = load_records(path, Reading(placeholders=True, split="test"))
