@@ -181,6 +181,8 @@ def _from_adapter(experiment: Experiment, given: frozenset[str], assumed: list[s
         return _with_projector(experiment, folder)
     config = read_config(folder) if os.path.exists(os.path.join(folder, "config.json")) else {}
     projector = dataclasses.replace(model.projector, kind=config.get("mm_projector_type", model.projector.kind))
+    if projector.kind == "spp" and config:  # M3D's first stage writes its settings beside it
+        projector = open_projector(folder, {}).projector
     visual = dataclasses.replace(experiment.visual, features=config.get("mm_hidden_size", experiment.visual.features))
     return dataclasses.replace(experiment, model=dataclasses.replace(model, projector=projector), visual=visual)
 
@@ -264,6 +266,13 @@ def _check_sources(experiment: Experiment) -> None:
         raise UserError(
             f"train.train_tower: visual.kind is {experiment.visual.kind}, and tokens in files leave no tower to train; give "
             "--no-train.train-tower, or train from what the tower reads"
+        )
+    visual, tower = experiment.visual, model.tower
+    grid = tuple(n // p for n, p in zip(visual.volume, tower.patch, strict=True)) if visual.kind == "volumes" else visual.grid
+    if grid != visual.grid:  # as many tokens in another order would be pooled with the wrong neighbours
+        raise UserError(
+            f"visual.grid is {visual.grid}, a volume of {visual.volume} has {grid} patches of {tower.patch}; mend visual.volume "
+            "(depth, rows, columns), visual.grid or model.tower.patch"
         )
     if experiment.visual.norm and experiment.visual.kind not in TOKEN_KINDS:
         raise UserError(

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import load_file
 
+from jaxmed._configs import vit3d_align
+from jaxmed.checkpoint.values import Values
 from jaxmed.cli.validate import given_flags, resolve
-from jaxmed.config import DataConfig, Experiment, LoraConfig, ModelConfig, TowerConfig, VisualConfig
+from jaxmed.config import DataConfig, Experiment, LoraConfig, ModelConfig, PrepareConfig, TowerConfig, VisualConfig
 from jaxmed.data.dataset import scan
 from jaxmed.data.rows import build_rows
 from jaxmed.data.tokenizer import Tokenizer
@@ -69,6 +73,19 @@ def test_flags_that_may_differ_and_flags_that_may_not(tmp_path):
         resolve(normed, given_flags(["--visual.norm"]))
 
 
+def test_axes_of_a_volume_in_another_order_are_refused(tmp_path):
+    """A scan of 256 x 256 x 32 has as many patches as one of 32 x 256 x 256, and others would be neighbours."""
+    (tmp_path / "cap.json").write_text("[]")
+    config = vit3d_align.get_config()
+    model = dataclasses.replace(config.model, base=str(GOLDEN.parent / "vit3d/base"), tower_source="random")
+    turned = dataclasses.replace(config.visual, volume=(256, 256, 32))
+    data = dataclasses.replace(config.data, records=str(tmp_path / "cap.json"), volumes=str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"visual\.grid is \(8, 16, 16\), a volume of \(256, 256, 32\) has \(64, 16, 2\) patches"
+    ):
+        resolve(dataclasses.replace(config, model=model, visual=turned, data=data), given_flags(["--visual.volume"]))
+
+
 def test_folders_that_are_not_there(tmp_path):
     for flag, asked in {
         "--data.images": start(tmp_path, images="/no/where"),
@@ -76,3 +93,26 @@ def test_folders_that_are_not_there(tmp_path):
     }.items():
         with pytest.raises(UserError, match=f"{flag} /no/where: no such folder"):
             resolve(asked, given_flags([]))
+
+
+def test_settings_beside_a_projector_of_m3d(tmp_path):
+    """Upstream's first stage writes mm_projector.bin and config.json; the kind of pooling shows in no tensor."""
+    source = GOLDEN.parent / "vit3d"
+    tensors = load_file(source / "lamed_merged" / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if "mm_projector" in name or "embed_tokens" in name}
+    kept |= {name.replace(".2.", ".1."): kept.pop(name) for name in list(kept) if ".projector.2." in name}
+    torch.save({name: torch.tensor(x) for name, x in kept.items()}, tmp_path / "mm_projector.bin")
+    config = json.loads((source / "lamed_merged" / "config.json").read_text())
+    config |= {"proj_layer_type": "linear", "proj_pooling_type": "sequence", "proj_pooling_size": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = vit3d_align.get_config()
+    places = {"base": str(source / "base"), "tower_folder": str(source / "lamed_merged"), "adapter": str(tmp_path)}
+    model = dataclasses.replace(asked.model, **places, tower=dataclasses.replace(asked.model.tower, heads=3))
+    data = dataclasses.replace(asked.data, records=str(source / "data/M3D_Cap_npy/M3D_Cap.json"), volumes=str(source / "data"))
+    visual = dataclasses.replace(asked.visual, prepare=PrepareConfig())
+    asked = dataclasses.replace(asked, model=model, visual=visual, data=data)
+    found, notices = resolve(asked, given_flags(["--model.tower.heads=3"]))
+    projector = found.model.projector
+    assert (projector.spp_head, projector.spp_depth, projector.spp_pooling, projector.spp_size) == ("linear", 2, "sequence", 3)
+    assert found.image_tokens == 6 and any("spp_pooling sequence" in line for line in notices)
+    Values(found)
