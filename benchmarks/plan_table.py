@@ -31,6 +31,11 @@ ROWS = {
     "h100-attention": "btb3d h100:1x8 1 4 1 2 --data.batch 4 --train.remat attention",
     "h100-context": "btb3d h100:2x8 1 8 2 1",
     "h100-align": "btb3d_align h100:1x8 1 8 1 1",
+    "v5e-clip": "m3d_clip v5e:2x4 1 8 1 1 --data.microbatches 8",
+    "v5p-clip": "m3d_clip v5p:2x2x1 4 1 1 1 --data.microbatches 8",
+    "h100-one-clip": "m3d_clip h100:1x1 1 1 1 1 --data.microbatches 16",
+    "h100-clip": "m3d_clip h100:1x8 8 1 1 1 --data.microbatches 4",
+    "h100-clip-fsdp": "m3d_clip h100:1x8 1 8 1 1 --data.microbatches 4",
     "h200-prefill": "btb3d h200:1x8 1 8 1 1 --step prefill --data.batch 8",
     "h200-decode": "btb3d h200:1x8 1 2 1 4 --step decode --data.batch 16",
 }
@@ -63,14 +68,14 @@ def row(name: str, plan: dict) -> str:
     compiled = plan["memory"]["compiler"]["total"]
     kinds = ("all-gather", "permute", "all-to-all")
     weights = sum(r["bytes"] for r in plan["sent"]["rows"] if "fsdp" in r["axes"] and r["kind"] in kinds)
-    counted = plan["sent"]["from"] == "the compiled module" and found.frozen_twice
+    counted = plan["sent"]["from"] == "the compiled module" and "fsdp" in found.least
     config, flags = ROWS[name].split()[0], " ".join(ROWS[name].split()[6:])
     cells = [
         " ".join(x for x in (config, plan["topology"]["name"], "" if "--step" in flags else step, flags) if x),
         f"({', '.join(str(n) for n in plan['mesh'].values())})",
         f"{compiled / 1e9:.1f} GB, {compiled / topology.chip.hbm:.0%}",
         f"{found.memory.total / compiled:.3f}",
-        f"{weights / found.frozen_twice:.3f}" if counted else "",
+        f"{weights / found.frozen_twice:.3f}" if counted and found.frozen_twice else "",
         f"{plan['sent']['axes']['fsdp'] / found.least['fsdp']:.3f}" if counted else "",
         f"{found.flops / found.policy_flops:.3f}" if found.policy_flops else "",
         f"{found.flops / found.model_flops:.2f}",

@@ -135,7 +135,7 @@ def place(module: Module, instruction: Instruction) -> str:
     if frame and int(frame[1]) in module.frames:
         return module.frames[int(frame[1])]
     name = re.search(r'op_name="([^"]*)"', instruction.rest)
-    return name[1] if name else "the compiler's own"
+    return name[1].replace("\\'", "'") if name else "the compiler's own"
 
 
 def runs(module: Module) -> dict[str, float]:
