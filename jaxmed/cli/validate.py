@@ -267,11 +267,11 @@ def _check_sources(experiment: Experiment) -> None:
             f"train.train_tower: visual.kind is {experiment.visual.kind}, and tokens in files leave no tower to train; give "
             "--no-train.train-tower, or train from what the tower reads"
         )
-    visual, tower = experiment.visual, model.tower
-    grid = tuple(n // p for n, p in zip(visual.volume, tower.patch, strict=True)) if visual.kind == "volumes" else visual.grid
-    if grid != visual.grid:  # as many tokens in another order would be pooled with the wrong neighbours
+    visual, patch = experiment.visual, model.tower.patch
+    seen = tuple(n // p for n, p in zip(visual.volume, patch, strict=False)) if visual.kind == "volumes" else visual.grid
+    if seen != visual.grid:  # as many tokens in another order would be pooled with the wrong neighbours
         raise UserError(
-            f"visual.grid is {visual.grid}, a volume of {visual.volume} has {grid} patches of {tower.patch}; mend visual.volume "
+            f"visual.grid is {visual.grid}, a volume of {visual.volume} has {seen} patches of {patch}; mend visual.volume "
             "(depth, rows, columns), visual.grid or model.tower.patch"
         )
     if experiment.visual.norm and experiment.visual.kind not in TOKEN_KINDS:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from jaxmed._configs import vit3d_align
+from jaxmed._configs import vit3d_align, vit3d_amos
 from jaxmed.checkpoint.values import Values
 from jaxmed.cli.validate import given_flags, resolve
 from jaxmed.config import DataConfig, Experiment, LoraConfig, ModelConfig, PrepareConfig, TowerConfig, VisualConfig
@@ -76,14 +76,13 @@ def test_flags_that_may_differ_and_flags_that_may_not(tmp_path):
 def test_axes_of_a_volume_in_another_order_are_refused(tmp_path):
     """A scan of 256 x 256 x 32 has as many patches as one of 32 x 256 x 256, and others would be neighbours."""
     (tmp_path / "cap.json").write_text("[]")
-    config = vit3d_align.get_config()
+    config = vit3d_amos.get_config()
     model = dataclasses.replace(config.model, base=str(GOLDEN.parent / "vit3d/base"), tower_source="random")
     turned = dataclasses.replace(config.visual, volume=(256, 256, 32))
     data = dataclasses.replace(config.data, records=str(tmp_path / "cap.json"), volumes=str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"visual\.grid is \(8, 16, 16\), a volume of \(256, 256, 32\) has \(64, 16, 2\) patches"
-    ):
-        resolve(dataclasses.replace(config, model=model, visual=turned, data=data), given_flags(["--visual.volume"]))
+    asked = dataclasses.replace(config, model=model, visual=turned, data=data)
+    with pytest.raises(UserError, match=r"visual\.grid is \(8, 16, 16\), a volume of .* has \(64, 16, 2\) patches"):
+        resolve(asked, given_flags(["--visual.volume"]))
 
 
 def test_folders_that_are_not_there(tmp_path):
