@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from jaxmed.checkpoint.export_config import adapter_config, fresh_config
 from jaxmed.checkpoint.folder_kinds import detect
 from jaxmed.checkpoint.folders import BTB3D_TOKENS, added_tokens, llava_experiment, lora_config
-from jaxmed.checkpoint.hf_config import decoder_of
-from jaxmed.config import DataConfig, Experiment, LoraConfig, ModelConfig, OptimConfig, VisualConfig, to_json
+from jaxmed.checkpoint.hf_config import decoder_config, decoder_of
+from jaxmed.config import DataConfig, Experiment, LoraConfig, ModelConfig, OptimConfig, RopeConfig, VisualConfig, to_json
 from jaxmed.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "btb3d"
@@ -138,6 +139,24 @@ def test_added_tokens(tmp_path):
     for count in (431, 439):
         with pytest.raises(UserError, match=r"tokenizer\.json"):
             added_tokens(str(tmp_path / "x"), 432, count)
+
+
+def test_rslora_is_written_as_plain_lora(tmp_path):
+    """Its scale is in alpha then; a reader that applied it again would be wrong by the root of the rank."""
+    folder = tmp_path / "x"
+    shutil.copytree(Z2, folder)
+    settings = json.loads((Z2 / "adapter_config.json").read_text()) | {"use_rslora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    experiment = llava_experiment(str(folder), BASE, DEFAULTS)
+    written = adapter_config(experiment, str(folder))
+    assert (written["use_rslora"], written["r"], written["lora_alpha"]) == (False, 7, pytest.approx(12 * 7**0.5))
+    assert lora_config(written, "d") == experiment.lora
+
+
+def test_rope_settings_come_back():
+    for rope in (RopeConfig(321.0, "linear", factor=2.5), RopeConfig(321.0, "llama3", 5.0, 1.5, 3.0, 96), RopeConfig(99.0)):
+        decoder = dataclasses.replace(decoder_of(BASE), rope=rope)
+        assert decoder_config(fresh_config(decoder) | {"vocab_size": decoder.vocab}, "c").rope == rope
 
 
 def test_adapter_settings():
