@@ -59,7 +59,8 @@ def row(experiment: Experiment, args: argparse.Namespace, backend: str) -> str:
         inputs = fill(program, compiled, experiment, args)
         seconds = timed(compiled, inputs, args)
         counts = weight_counts(*parameter_counts(experiment, mesh))
-    flops = step_flops(experiment, *counts, [args.length] * args.rows, experiment.data.supervised * args.rows)
+    supervised, images = experiment.data.supervised * args.rows, experiment.visual.images * args.rows
+    flops = step_flops(experiment, *counts, [args.length] * args.rows, supervised, images)
     share = f"{flops / seconds / peak_flops(device):.0%}" if args.step == "train" and peak_flops(device) else ""
     tokens = args.rows * (1 if args.step == "decode" else args.length)
     used = compiled.memory_analysis()

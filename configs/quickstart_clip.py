@@ -9,7 +9,9 @@ folders that it leaves:
         --model.tokenizer quickstart_vit3d/tokenizer --out runs/clip
 
 The published recipe but for sizes, a rate and a warm-up for them, no dropout, and cosines multiplied by the exponential of the
-temperature, as CLIP has it. The warm-up matters: at twice the rate after 60 steps all vectors became one, and stayed so.
+temperature, as CLIP has it. Warm-up and clipping matter: gradients have norms up to a hundred while the vectors part. At a rate
+of 2e-3 after 60 steps, or without clipping, all vectors became one and stayed so; clipped at 1 in place of 0.3, at a rate of
+1e-3, one seed of three had a recall@1 of 0.39 after 2,500 steps.
 """
 
 import dataclasses
@@ -47,9 +49,11 @@ def get_config() -> Experiment:
             prepare=PrepareConfig(preset="hu_window", window=(-1000.0, 500.0), crop=False, hu="header"),
         ),
         lora=LoraConfig(rank=0),
-        optim=OptimConfig(learning_rate=1e-3, weight_decay=0.02, b2=0.99, warmup_steps=200, final_fraction=0.02),
+        optim=OptimConfig(
+            learning_rate=7e-4, weight_decay=0.02, b2=0.99, warmup_steps=200, final_fraction=0.02, max_grad_norm=0.3
+        ),
         train=TrainConfig(
-            steps=2500, seed=0, trainable="all", train_tower=True, remat="none", save_every=200, log_every=20, keep=2
+            steps=3000, seed=0, trainable="all", train_tower=True, remat="none", save_every=200, log_every=20, keep=2
         ),
         data=DataConfig(batch=64, buckets=(64,), max_length=64),
         task="contrastive",

@@ -47,7 +47,7 @@ class Args:
     """Folder for everything that is made"""
     pairs: int = 4000
     """Phantoms with reports to pretrain on"""
-    pretrain_steps: int = 2500
+    pretrain_steps: int = 3000
     """Steps of the pretraining"""
     retrieval: int = 100
     """Held-out pairs to tell from each other, all with other findings"""

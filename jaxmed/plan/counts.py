@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxmed.config import Experiment
 from jaxmed.models.decoder import padded_vocab
-from jaxmed.train.flops import pair_flops, step_flops, weight_counts
+from jaxmed.train.flops import pair_flops, step_flops, tower_flops, weight_counts
 
 TABLES = ("words", "positions", "types")
 """Parameters of encoders of which rows are taken"""
@@ -23,28 +23,18 @@ def model_flops(experiment: Experiment, step: str, length: int, trained: dict, f
     if experiment.task == "contrastive":
         return experiment.data.batch * pair_flops(experiment)
     decoder, rows = experiment.model.decoder, experiment.data.batch
+    images = rows * experiment.visual.images
     in_trained, in_frozen = weight_counts(trained, frozen)
     if step == "train":
         supervised = rows * experiment.data.supervised
-        return step_flops(experiment, in_trained, in_frozen, [length] * rows, supervised) + 3 * tower_flops(experiment)
+        return step_flops(experiment, in_trained, in_frozen, [length] * rows, supervised, images)
     wide = decoder.layers * decoder.heads * decoder.head_dim
     adapters = sum(math.prod(x.shape) for half in (trained, frozen) for p, x in half.items() if p[-1] in ("lora_a", "lora_b"))
     matrices = 2.0 * (in_trained + in_frozen - adapters)
     head = 2.0 * padded_vocab(decoder.vocab) * decoder.width
     if step == "prefill":
-        return rows * (length * matrices + 2.0 * wide * length * length + head) + tower_flops(experiment)
+        return rows * (length * matrices + 2.0 * wide * length * length + head) + tower_flops(experiment, images)
     return rows * (matrices + 4.0 * wide * length + head)
-
-
-def tower_flops(experiment: Experiment) -> float:
-    """Forward, of all images of a batch: a third of a training step of a tower that is trained."""
-    tower, visual = experiment.model.tower, experiment.visual
-    if not experiment.has_tower:
-        return 0.0
-    images = experiment.data.batch * visual.images * (visual.slices if visual.kind == "slices" else 1)
-    tokens = math.prod(tower.grid) + tower.class_token
-    layer = 2.0 * tokens * (4 * tower.width**2 + 2 * tower.width * tower.mlp) + 4.0 * tokens * tokens * tower.width
-    return images * (tower.blocks * layer + 2.0 * tokens * tower.patch_features * tower.width)
 
 
 def least_sent(experiment: Experiment, step: str, length: int, trained: dict, frozen: dict) -> dict[str, float]:

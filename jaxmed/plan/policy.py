@@ -20,7 +20,7 @@ from jaxmed.config import Experiment
 from jaxmed.models.decoder import padded_vocab
 from jaxmed.nn.attention_splash import padded_length
 from jaxmed.nn.encoder_block import CHUNK
-from jaxmed.plan.counts import tower_flops
+from jaxmed.train.flops import tower_flops
 
 AGAIN = {
     "full": {"q", "k", "v", "o", "gate", "up"},
@@ -44,9 +44,10 @@ def policy_flops(experiment: Experiment, length: int, trained: Mapping, frozen: 
     head_trained = experiment.train.train_head or experiment.train.trainable == "all"
     vocab = padded_vocab(decoder.vocab + len(experiment.model.added_tokens))
     head = (2 + 2 + 2 + 2 * head_trained) * data.batch * data.supervised * vocab * decoder.width
-    images = (4 if remat == "full" else 3) if experiment.train.train_tower else 1
+    passes = (4 if remat == "full" else 3) if experiment.train.train_tower else 1
+    images = tower_flops(experiment, data.batch * experiment.visual.images)
     times = 2 + _backward(splash) + 2 * (remat == "full")
-    return tokens * total + square * times + head + images * tower_flops(experiment)
+    return tokens * total + square * times + head + passes * images
 
 
 def _backward(splash: bool) -> int:

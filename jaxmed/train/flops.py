@@ -48,14 +48,25 @@ def weight_counts(trainable: dict[tuple, Any], frozen: dict[tuple, Any]) -> tupl
     return count(trainable), count(frozen)
 
 
-def step_flops(experiment: Experiment, trained: int, frozen: int, lengths: list[int], supervised: int) -> float:
-    """Of one optimizer step over samples of these lengths, with so many supervised tokens; an image tower's are not in it."""
+def step_flops(experiment: Experiment, trained: int, frozen: int, lengths: list[int], supervised: int, images: int) -> float:
+    """Of one optimizer step over samples of these lengths, with so many supervised tokens and images."""
     decoder = experiment.model.decoder
     tokens = sum(lengths)
     matrices = tokens * (6.0 * trained + 4.0 * frozen)
     attention = 3.5 * 2.0 * decoder.layers * decoder.heads * decoder.head_dim * sum(n * n for n in lengths)
     head = 4.0 * supervised * decoder.vocab * decoder.width
-    return matrices + attention + head
+    return matrices + attention + head + tower_flops(experiment, images) * (3 if experiment.train.train_tower else 1)
+
+
+def tower_flops(experiment: Experiment, images: int) -> float:
+    """Of the image tower, forward; 0 where token files stand in its place. A volume of slices is as many inputs."""
+    tower, visual = experiment.model.tower, experiment.visual
+    if not experiment.has_tower:
+        return 0.0
+    inputs = images * (visual.slices if visual.kind == "slices" else 1)
+    tokens = math.prod(tower.grid) + tower.class_token
+    layer = 2.0 * tokens * (4 * tower.width**2 + 2 * tower.width * tower.mlp) + 4.0 * tokens * tokens * tower.width
+    return inputs * (tower.blocks * layer + 2.0 * tokens * tower.patch_features * tower.width)
 
 
 def pair_flops(experiment: Experiment) -> float:

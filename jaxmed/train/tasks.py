@@ -54,7 +54,8 @@ class TokenTask:
         return sum(size.length for size in sizes)
 
     def flops(self, sizes: Sequence[SampleSize], metrics: Metrics) -> float:
-        return step_flops(self.experiment, *self._counts, [size.length for size in sizes], int(metrics.count))
+        lengths, images = [size.length for size in sizes], sum(size.images for size in sizes)
+        return step_flops(self.experiment, *self._counts, lengths, int(metrics.count), images)
 
     def row(self, metrics: Metrics) -> dict[str, float]:
         return {"supervised_tokens": int(metrics.count)}

@@ -136,7 +136,7 @@ REDUCED += ["--held-out", "96", "--seed", "2"]
 
 @pytest.mark.slow
 def test_pretraining_pays_and_a_killed_quickstart_goes_on(tmp_path: Path):
-    """A third of the steps, on half the phantoms: retrieval well above chance, F1 from the pretrained ViT above that from
+    """A quarter of the steps, on half the phantoms: retrieval well above chance, F1 from the pretrained ViT above that from
     scratch by what the whole promises, nothing seen in another's volume. Killed in the pretraining and in a fine-tuning."""
     out = tmp_path / "q"
     command = [sys.executable, "-m", "jaxmed.cli.main", "quickstart", "--system", "vit3d", "--out", str(out), *REDUCED]

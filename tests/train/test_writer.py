@@ -1,5 +1,6 @@
 """Rows, scalars and the progress line, without a model."""
 
+import dataclasses
 import json
 import struct
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from jaxmed.config import DataConfig, Experiment, LoraConfig, ModelConfig
+from jaxmed.config import DataConfig, Experiment, LoraConfig, ModelConfig, VisualConfig
 from jaxmed.errors import UserError
 from jaxmed.models.presets import LLAMA3_1_8B
+from jaxmed.models.presets_towers import SIGLIP_SO400M_384
 from jaxmed.train.flops import PEAKS, peak_flops, step_flops, weight_counts
 from jaxmed.train.writer import ProgressLine, Scalars, cut_rows, duration, read_rows
 
@@ -83,13 +85,26 @@ def test_flops_of_the_8b_model() -> None:
     model = ModelConfig(decoder=LLAMA3_1_8B)
     experiment = Experiment(model=model, lora=LoraConfig(rank=128), data=DataConfig())
     frozen, lora = 6_979_321_856, 335_544_320
-    short = step_flops(experiment, lora, frozen, [1024], 100)
+    short = step_flops(experiment, lora, frozen, [1024], 100, 1)
     assert short / 1024 == pytest.approx(4 * frozen + 6 * lora, rel=0.04)
-    long = step_flops(experiment, lora, frozen, [32768], 1024)
+    long = step_flops(experiment, lora, frozen, [32768], 1024, 1)
     matrices = 32768 * (4 * frozen + 6 * lora)
     assert 0.45 < 1 - matrices / long < 0.53
     # packed samples do not see each other
-    assert step_flops(experiment, lora, frozen, [16384, 16384], 1024) < 0.8 * long
+    assert step_flops(experiment, lora, frozen, [16384, 16384], 1024, 2) < 0.8 * long
+
+
+def test_a_towers_flops_are_counted_by_image_and_by_what_is_trained() -> None:
+    """All of SigLIP's 27 blocks, 729 tokens an image: 2 N a token, and its scores; three times that where it is trained."""
+    tower = dataclasses.replace(SIGLIP_SO400M_384, image=(384, 384), select_layer=-1)
+    visual = VisualConfig(kind="pixels", tokens=729, features=1152, grid=(1, 27, 27))
+    frozen = Experiment(model=ModelConfig(decoder=LLAMA3_1_8B, tower=tower), visual=visual, lora=LoraConfig(rank=8))
+    trained = dataclasses.replace(frozen, train=dataclasses.replace(frozen.train, train_tower=True))
+    one = step_flops(frozen, 5, 7, [900], 10, 1) - step_flops(frozen, 5, 7, [900], 10, 0)
+    blocks, patches = 27 * (4 * 1152**2 + 2 * 1152 * 4304), 14 * 14 * 3 * 1152
+    assert one == pytest.approx(2 * 729 * (blocks + patches) + 27 * 4 * 729**2 * 1152)
+    two = step_flops(trained, 5, 7, [900], 10, 2) - step_flops(trained, 5, 7, [900], 10, 0)
+    assert two == pytest.approx(6 * one)
 
 
 def test_embedding_and_head_are_no_matrices_of_every_token() -> None:
