@@ -87,7 +87,7 @@ def tower_config(
     kind, inner = _kind(config, where, tensors)
     try:
         if kind in ("clip", "siglip"):
-            alone = inner is config
+            alone = inner is config or config.get("model_type") in FAMILIES  # a contrastive model holds a tower too
             found = _hf(inner, where, kind, select, alone) if inner else _hf_from_shapes(tensors, kind, where, select, heads)
         elif kind == "dino":
             found = _dino(tensors, where, int(_number(inner, "num_heads", where, 0)) or heads)
@@ -207,7 +207,7 @@ def _hf_from_shapes(tensors: TensorFolder | None, kind: str, where: str, select:
     presets = (CLIP_L14_336, CLIP_B32) if kind == "clip" else (SIGLIP_SO400M_384,)
     same = [p for p in presets if (p.width, p.layers, p.mlp, p.patch) == (width, layers, mlp, tuple(patch))]
     near = same[0] if same else presets[0]
-    if same and math.prod(near.grid) == side * side:
+    if near.patch == tuple(patch) and math.prod(near.grid) == side * side:
         image = near.image  # pixels that no patch covers leave no trace in the shapes
     count, assumed = (near.heads, ["heads"]) if same and not heads else head_count(width, heads, near.heads, where)
     sizes = replace(

@@ -72,6 +72,8 @@ def test_published_configs_are_the_presets(config, preset):
 
 def test_siglip_of_its_own_folder_ignores_the_selected_layer():
     assert read(SO400M.to_dict(), layer=-1, feature="cls_patch").config == SIGLIP_SO400M_384
+    contrastive = SiglipConfig(vision_config=SO400M.to_dict()).to_dict()  # as Google publishes it, the text's half beside it
+    assert read(contrastive, layer=-3).config == SIGLIP_SO400M_384
     whole = read(LlavaConfig(vision_config=SO400M).to_dict(), layer=-1, feature="full").config
     assert whole == dataclasses.replace(SIGLIP_SO400M_384, select_layer=-1)
     with pytest.raises(UserError, match="drops the first token, a patch in SigLIP"):
@@ -106,6 +108,9 @@ def test_a_tower_inside_a_llava_folder_is_told_from_its_shapes():
     assert (found.config, found.assumed) == (CLIP_L14_336, ("heads", "image", "norm_eps", "activation"))
     tiny = {"model_type": "tiny_llava", "mm_vision_tower": "somewhere"}
     assert read(tiny, folder_of(SIGLIP_SO400M_384)).config == SIGLIP_SO400M_384  # 26 blocks in the file
+    narrow = dataclasses.replace(SIGLIP_SO400M_384, width=24, heads=3, mlp=37, layers=3)
+    found = read(tiny, folder_of(narrow), heads=3).config
+    assert (found, found.image) == (narrow, (384, 384))  # 27 x 27 patches of 14 pixels leave 6 over
 
 
 def test_vit3d_of_m3d_lamed_and_of_m3d_clip():
