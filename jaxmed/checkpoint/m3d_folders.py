@@ -104,7 +104,7 @@ def _m3d_source(folder: str, base: str, given: Given) -> tuple[Source, list[str]
     if config:
         if json_of(base):
             check_same_model(decoder_of(base), decoder_config(config, where), base, folder)
-        named = {"vision_tower": published["vision_tower"]} | config
+        named = config | {"vision_tower": config.get("vision_tower") or published["vision_tower"]}
         if "vit3d" in str(named["vision_tower"]).lower():  # upstream looks no closer
             named["vision_tower"] = "vit3d"
         return replace(source, config=named), []

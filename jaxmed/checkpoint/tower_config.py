@@ -254,6 +254,9 @@ def _dino(tensors: TensorFolder | None, where: str, heads: int) -> FoundTower:
 
 def _vit3d(config: dict[str, Any], where: str, tensors: TensorFolder | None, select: _Selection, heads: int) -> FoundTower:
     """M3D-LaMed's config.json holds the sizes of volume and patch, M3D-CLIP's all of them; the shapes know the rest."""
+    for name, wanted in {"pos_embed": "perceptron", "spatial_dims": 3}.items():  # MONAI's names
+        if config.get(name, wanted) != wanted:
+            raise ConfigError(f"{name} is {config[name]!r}; {wanted!r} is supported")
     own = config.get("model_type") == "m3d_clip"  # elsewhere hidden_size is the language model's
     fields = {"hidden_size": "width", "num_layers": "layers", "mlp_dim": "mlp", "num_heads": "heads"}
     known = {ours: int(_number(config, name, where, 0)) for name, ours in fields.items() if own or ours == "heads"}
@@ -275,6 +278,8 @@ def _vit3d(config: dict[str, Any], where: str, tensors: TensorFolder | None, sel
         name = next((n for n in names if config.get(n) is not None), "")
         known[ours] = _sizes(config[name], 3, name, where) if name else getattr(VIT3D, ours)
         assumed += [] if name else [ours]
+    if any(side % part for side, part in zip(known["image"], known["patch"], strict=True)):
+        raise ConfigError(f"volumes of {known['image']} are no whole patches of {known['patch']}, which M3D's tower needs")
     channels = _number(config, "in_channels", where, _number(config, "image_channel", where, VIT3D.channels))
     sizes = replace(VIT3D, channels=channels, final_norm=select.layer == -1, select_layer=select.layer, **known)
     if tensors is not None:

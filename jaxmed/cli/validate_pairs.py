@@ -63,7 +63,7 @@ def _tower_of(folder: str, heads: dict[str, int]) -> TowerConfig:
 def _pretrained(run: str) -> Experiment:
     found = run_experiment(run) if detect(run) == "run" else None
     if found is None or found.task != "contrastive":
-        raise UserError(f"{run}: is no run of contrastive pretraining (jaxmed train m3d_clip); M3D-CLIP's folder is --model.base")
+        raise UserError(f"{run}: is no run of contrastive pretraining (jaxmed train m3d_clip); M3D-CLIP's own is --model.base")
     return found
 
 

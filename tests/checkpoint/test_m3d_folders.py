@@ -161,8 +161,13 @@ def test_state_dict_of_unpublished_sizes(tmp_path):
 
 def test_tower_named_as_upstream_takes_it(tmp_path):
     folder = copy_of("vit3d/lamed_merged", tmp_path / "x")
-    edit(folder / "config.json", vision_tower="M3D-ViT3D")
-    assert resolve(folder, vision__heads=3)[0].model.tower == resolve("vit3d/lamed_merged", vision__heads=3)[0].model.tower
+    whole, _ = resolve("vit3d/lamed_merged", vision__heads=3)
+    for name in ("M3D-ViT3D", None):
+        edit(folder / "config.json", vision_tower=name)
+        assert resolve(folder, vision__heads=3)[0].model.tower == whole.model.tower
+    edit(folder / "config.json", image_size=[8, 24, 23])
+    with pytest.raises(UserError, match=r"config\.json: volumes of \(8, 24, 23\) are no whole patches of \(2, 4, 3\)"):
+        resolve(folder, vision__heads=3)
 
 
 def test_shared_head_stands_twice_in_a_state_dict(tmp_path):

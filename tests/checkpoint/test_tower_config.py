@@ -154,6 +154,8 @@ def test_head_counts_that_no_file_says():
         ({"model_type": "clipseg"}, r"'clipseg' is not supported.*nearest: clip\)"),
         ({"model_type": "llava", "vision_config": {"model_type": "dinov2"}}, "'dinov2' is not supported"),
         ({"model_type": "lamed_llama", "vision_tower": "vit_3d"}, r"'vit_3d'.*nearest: vit3d\)"),
+        ({"model_type": "m3d_clip", "pos_embed": "conv"}, r"config\.json: pos_embed is 'conv'; 'perceptron' is supported"),
+        ({"model_type": "m3d_clip", "spatial_dims": 2}, "spatial_dims is 2; 3 is supported"),
         ({"model_type": "clip_vision_model", "hidden_act": "silu"}, "hidden_act is 'silu'; known are quick_gelu"),
         ({"model_type": "clip_vision_model", "hidden_size": 77}, "tower.width 77 is no multiple of tower.heads 12"),
         ({"model_type": "clip_vision_model", "hidden_size": "big"}, "hidden_size is 'big', a positive number is needed"),
