@@ -114,7 +114,8 @@ def _frames(text: str) -> dict[int, str]:
 
 
 def _short(path: str, line: str) -> str:
-    return f"{path[path.rfind('jaxmed/') :] if 'jaxmed/' in path else path}:{line}"
+    path = path[path.rfind("jaxmed/") :] if "jaxmed/" in path else path.rpartition("site-packages/")[2]
+    return f"{path}:{line}"
 
 
 def bytes_of(result: str) -> list[int]:

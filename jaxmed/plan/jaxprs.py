@@ -109,10 +109,11 @@ def _ordered(eqn: Any) -> bool:
 
 
 def source(eqn: Any) -> str:
-    """`file.py:line (function)` in this package or in the caller's code."""
+    """`file.py:line (function)` in this package, in an installed one, or in the caller's code."""
     text = source_info_util.summarize(eqn.source_info)
     path, _, rest = text.partition(":")
-    return f"{path[path.rfind('jaxmed/') :] if 'jaxmed/' in path else path}:{rest}".replace(":0 ", " ")
+    path = path[path.rfind("jaxmed/") :] if "jaxmed/" in path else path.rpartition("site-packages/")[2]
+    return f"{path}:{rest}".replace(":0 ", " ")
 
 
 def equations(jaxpr: Any, times: float = 1.0, loops: int = 0) -> Iterator[Equation]:

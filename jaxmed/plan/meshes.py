@@ -77,5 +77,5 @@ def check_mesh(experiment: Experiment, topology: Topology) -> Experiment:
     if not legal:
         data = experiment.data
         rows = f"data.batch {data.batch} over data.microbatches {data.microbatches}"
-        raise UserError(f"{problem}\nno mesh of {count} devices divides this config ({rows}); change --data.batch")
+        raise UserError(f"{problem}\nno mesh of {count} devices divides this config ({rows}); change one of the two")
     raise UserError(f"{problem}\nthe nearest legal mesh of {topology.name}: {flags(nearest(shape, legal))}")

@@ -28,9 +28,10 @@ def changes(experiment: Experiment, topology: Topology, step: str) -> Iterator[t
         for policy in ("full", "attention"):
             if remat not in (policy, "full"):
                 yield f"--train.remat {policy}", replace_field(experiment, "train.remat", policy)
-        pieces = data.microbatches * 2
-        if data.batch % pieces == 0:
-            yield f"--data.microbatches {pieces}", replace_field(experiment, "data.microbatches", pieces)
+        # of pairs any number of pieces but one costs the same FLOPs
+        for pieces in [data.microbatches * n for n in ((2, 8, 32) if experiment.task == "contrastive" else (2,))]:
+            if data.batch % pieces == 0:
+                yield f"--data.microbatches {pieces}", replace_field(experiment, "data.microbatches", pieces)
     elif data.batch > 1:
         yield f"--data.batch {data.batch // 2}", replace_field(experiment, "data.batch", data.batch // 2)
     for shape in likely_meshes(experiment, topology, step):
