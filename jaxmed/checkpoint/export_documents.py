@@ -64,6 +64,8 @@ def upstream_documents(
     if model.base and os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             documents["generation_config.json"] = json.load(file)
+    elif model.end_ids and not adapters:  # those of the base's file, which upstream's merging copies
+        documents["generation_config.json"] = {"eos_token_id": list(model.end_ids)}
     return documents
 
 

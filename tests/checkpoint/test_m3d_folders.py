@@ -14,6 +14,7 @@ from jaxmed.checkpoint.hf_io import open_folder
 from jaxmed.checkpoint.orbax_export import plan_native
 from jaxmed.checkpoint.values import Values
 from jaxmed.config import LORA_TARGETS, SHORT_NAMES, MeshConfig, replace_field
+from jaxmed.data.tokenizer import Tokenizer
 from jaxmed.errors import UserError
 
 
@@ -189,6 +190,7 @@ def test_config_that_is_made_says_everything(tmp_path):
     folder, base = tmp_path / "output", copy_of("vit3d/base", tmp_path / "base")
     folder.mkdir()
     edit(base / "config.json", tie_word_embeddings=True)
+    edit(base / "generation_config.json", eos_token_id=[174, 9])
     tensors = torch.load(GOLDEN / "vit3d/lamed_lora/model_with_lora.bin")
     stem = "base_model.model.model.mm_projector."
     kept = {name: x for name, x in tensors.items() if not name.startswith((stem, "base_model.model.lm_head"))}
@@ -201,6 +203,7 @@ def test_config_that_is_made_says_everything(tmp_path):
     again = resolve_model(str(tmp_path / "out"), "", "float32", {"vision.heads": 3})
     assert (again.model.tower, again.model.projector, again.visual) == (first.model.tower, first.model.projector, first.visual)
     assert again.model.decoder.tied
+    assert Tokenizer.from_folder(str(tmp_path / "out")).eos_ids == first.model.end_ids == (174, 9)
     check_tensors(again)
 
 
