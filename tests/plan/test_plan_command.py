@@ -172,7 +172,7 @@ def test_compiled_for_fake_devices(config, tmp_path, capsys):
     memory = found["memory"]
     held = sum(memory["classes"][name] for name in ("frozen", "trainable", "optimizer", "batch"))
     assert held == pytest.approx(memory["compiler"]["argument"], rel=0.01)
-    gathered = [r for r in found["sent"]["rows"] if "jaxmed/nn/param.py" in r["source"] and r["kind"] == "all-gather"]
+    gathered = [r for r in found["sent"]["rows"] if r["axes"] == ["fsdp"] and r["kind"] == "all-gather"]
     stated = analyse(load_experiment(config), parse_topology("cpu:8"), "train", 512).sent
-    stated = [c for c in stated if "jaxmed/nn/param.py" in c.source and c.kind == "all-gather"]
+    stated = [c for c in stated if c.axes == ("fsdp",) and c.kind == "all-gather"]
     assert sum(r["bytes"] for r in gathered) == pytest.approx(sum(c.total for c in stated), rel=0.02)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from small import small
+from small import knows_lines, small
 from small_pairs import ENCODER, PATCHES, SHARED, TEXT, TOWER, small_pairs
 
 import jaxmed
@@ -181,6 +181,7 @@ def reason(c, known):
     ]
 
 
+@knows_lines
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_every_collective_is_one_that_the_rules_call_for(shape):
     known, counted = reasons(shape), Counter()
@@ -251,6 +252,7 @@ def reasons_of_pairs(pairs):
     }
 
 
+@knows_lines
 @pytest.mark.parametrize(("shape", "microbatches"), PAIRS)
 def test_every_collective_between_pairs_has_a_reason(shape, microbatches):
     known, counted, unknown = reasons_of_pairs(3 * 8 * microbatches), Counter(), []
