@@ -1,16 +1,18 @@
 """`jaxmed plan` as a person runs it."""
 
+import dataclasses
 import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from small_pairs import small_pairs
 
 from jaxmed.cli.common import load_experiment
 from jaxmed.cli.main import run
 from jaxmed.plan.analysis import analyse
+from jaxmed.plan.sweep import variants
 from jaxmed.plan.topology import parse_topology
 
 CONFIG = """
@@ -30,11 +32,6 @@ def get_config():
         data=dataclasses.replace(config.data, batch=4, buckets=(512,), supervised=48),
         visual=dataclasses.replace(config.visual, tokens=300, grid=(3, 10, 10)),
     )
-"""
-
-PAIRS = """
-def get_config():
-    return small_pairs((1, 1, 1, 1), rows=4)
 """
 
 
@@ -93,18 +90,10 @@ def test_pairs_are_planned_from_the_shipped_config(tmp_path, capsys):
     assert "256 pairs in 8 chunks: volumes of 32 × 256 × 256 voxels, texts of 512 tokens" in page and "Pairs a second" in page
 
 
-def test_a_sweep_over_pairs_splits_rows_and_weights_alone(tmp_path, capsys):
-    config = tmp_path / "pairs.py"
-    config.write_text(
-        f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\nfrom small_pairs import small_pairs\n" + PAIRS
-    )
-    argv = [str(config), "--topology", "v5e:1x2", "--no-compile", "--sweep", "--out", str(tmp_path / "out")]
-    code, out, err = plan(argv, capsys)
-    assert code == 0, err
-    tried = json.loads((tmp_path / "out" / "plan.json").read_text())["sweep"]
-    assert {tuple(c["mesh"]) for c in tried} == {(1, 2, 1, 1), (2, 1, 1, 1)} and {c["microbatches"] for c in tried} == {1, 2}
-    code, out, err = plan([*argv[:4], "--mesh.data", "1", "--mesh.context", "2"], capsys)
-    assert code == 0 and "mesh.context and mesh.tensor split nothing" in out, err
+def test_a_sweep_over_pairs_splits_rows_and_weights_alone():
+    tried = list(variants(small_pairs((1, 1, 1, 1), rows=24), parse_topology("v5e:1x2"), "train"))
+    assert {dataclasses.astuple(e.mesh) for e in tried} == {(1, 2, 1, 1), (2, 1, 1, 1)}
+    assert {e.data.microbatches for e in tried} == {1, 2, 4} and len(tried) == 2 * 3 * 4, "rows that divide over the devices"
 
 
 def test_a_sweep_names_the_best_with_flags_to_paste(config, tmp_path, capsys):
