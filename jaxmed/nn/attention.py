@@ -74,7 +74,7 @@ def attention(
     def whole(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, segments: jax.Array) -> tuple:
         """Inside shard_map: all keys and values that a shard's queries need, with their positions and segments."""
         if rules.kv_heads != rules.heads:
-            k, v = (own_kv_heads(x, q.shape[2], axis=2) for x in (k, v))
+            k, v = (own_kv_heads(x, axis=2) for x in (k, v))
         keys = (k, v, positions, segments)
         if context > 1:
             # along a new first axis: TPUs sum the gradients of arrays split there by reduce-scatter, else by all-reduce
@@ -137,7 +137,7 @@ def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def own_kv_heads(x: jax.Array, local_heads: int, axis: int) -> jax.Array:
+def own_kv_heads(x: jax.Array, axis: int) -> jax.Array:
     """Of kv heads that every tensor shard holds in full, the one that this shard's query heads read."""
     shards = jax.lax.axis_size("tensor")
     head = jax.lax.axis_index("tensor") * x.shape[axis] // shards
@@ -166,7 +166,7 @@ def cached_attention(
 
     def local(q, k, v, position_q, position_k, valid, *branches):
         if rules.kv_heads != rules.heads:
-            k, v = (own_kv_heads(x, q.shape[2], axis=1) for x in (k, v))
+            k, v = (own_kv_heads(x, axis=1) for x in (k, v))
         batch, length, heads, width = q.shape
         # heads of a group and queries on one axis: XLA's CPU lacks some bfloat16 products of five axes
         kv_heads = k.shape[1]
