@@ -60,7 +60,7 @@ def seer(folder: Path) -> Experiment:
             config.visual, volume=tower.image, tokens=8, grid=(2, 2, 2), features=WIDTH, prepare=prepare
         ),
         optim=OptimConfig(learning_rate=3e-3, weight_decay=0.05, b2=0.99, warmup_steps=40, final_fraction=0.02),
-        train=dataclasses.replace(config.train, steps=2000, remat="none", log_every=100),
+        train=dataclasses.replace(config.train, steps=4000, remat="none", log_every=100),
         data=DataConfig(records=str(folder / "mix.json"), volumes=str(folder / "volumes"), batch=32, max_length=32, **ROW),
     )
 
