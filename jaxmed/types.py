@@ -52,7 +52,7 @@ class PairBatch:
     """One global batch of volumes and reports, a pair a row."""
 
     images: Array
-    """[B, D, H, W, 1] in the dtype of the computation"""
+    """[B, D, H, W, C], C numbers of a voxel (1: a CT), in the dtype of the computation"""
     tokens: Array
     """[B, T] int32"""
     mask: Array
